@@ -1,0 +1,61 @@
+# `make` alone lists the targets. Needs Python 3.11 or newer; PYTHON=... picks one.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
+
+# The first of these that runs and is new enough. python3 comes first: in a container with CUDA it has torch already.
+PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13 python3.14; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+
+.PHONY: help venv demo test test-gpu check bench clean
+
+help:  ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+venv: $(STAMP)  ## make .venv with the package and everything the tests need
+	@:
+
+$(STAMP): pyproject.toml constraints-cpu.txt
+	@if [ -z "$(PYTHON)" ]; then \
+		echo "Python 3.11 or newer is needed and none was found: install one, or make venv PYTHON=/path/to/python" >&2; \
+		exit 1; \
+	fi
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "$(PYTHON) is older than Python 3.11: make venv PYTHON=/path/to/a/newer/python" >&2; exit 1; }
+# A torch with CUDA that is already there (NVIDIA's containers) is used as it is, and pinned against pip.
+	@if torch=$$($(PYTHON) -c 'import torch; assert torch.version.cuda; print(torch.__version__)' 2>/dev/null); then \
+		$(PYTHON) -m venv --clear --system-site-packages $(VENV); \
+		echo "torch==$$torch" > $(VENV)/constraints.txt; \
+	else \
+		$(PYTHON) -m venv --clear $(VENV); \
+		cp constraints-cpu.txt $(VENV)/constraints.txt; \
+	fi
+	@$(PIP) install --editable '.[dev]' --constraint $(VENV)/constraints.txt
+	@touch $@
+
+demo: $(STAMP)  ## train a tiny Emu2 on real samples, with 3D parallelism, on this machine
+	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash examples/demo.sh
+
+test: $(STAMP)  ## all tests that need no GPU
+	@$(VENV)/bin/pytest -q -m "not gpu"
+
+test-gpu: $(STAMP)  ## the tests that need a GPU
+	@$(VENV)/bin/pytest -q -m gpu
+
+check: $(STAMP)  ## ruff, mypy and the fast tests
+	@$(VENV)/bin/ruff check --quiet .
+	@$(VENV)/bin/mypy --no-error-summary
+	@$(VENV)/bin/pytest -q -m "not slow and not gpu"
+
+bench: $(STAMP)  ## every benchmark; each prints one ratio
+	@for file in benchmarks/[a-z]*.py; do $(VENV)/bin/python "$$file"; done
+
+clean:  ## remove the environment, caches and builds; runs/ stays
+	@rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,34 @@
+"""Reading a checkpoint into any layout."""
+
+import json
+from pathlib import Path
+
+from megatron.core import dist_checkpointing
+
+from emu2_megatron.checkpoint.save import TRAINER
+from emu2_megatron.checkpoint.state import sharded_weights
+from emu2_megatron.errors import CheckpointError
+from emu2_megatron.parallel.wrap import Engine
+
+
+def load_weights(path: str | Path, engine: Engine) -> tuple[int, list[int]]:
+    """Fill a rank's share of the weights, whatever layout they were saved from; called by all ranks together.
+
+    The optimizer's fp32 masters are refreshed from the weights.
+
+    Returns:
+        (updates done, samples consumed by every slot), as given to `save`.
+
+    Raises:
+        CheckpointError: the folder is missing or incomplete.
+    """
+    trainer = Path(path) / TRAINER
+    if not trainer.is_file():
+        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {TRAINER}")
+    state = json.loads(trainer.read_text())
+    loaded = dist_checkpointing.load(sharded_weights(engine), str(path))
+    visual = "visual."
+    engine.encoder.load_state_dict({k.removeprefix(visual): v for k, v in loaded.items() if k.startswith(visual)})
+    engine.stage.load_state_dict({k: v for k, v in loaded.items() if not k.startswith(visual)})
+    engine.optimizer.reload_model_params()
+    return state["step"], state["cursors"]

@@ -1,0 +1,57 @@
+"""Writing a checkpoint: `<directory>/step_00000400/` with torch_dist tensors and `trainer.json`."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+
+from emu2_megatron.checkpoint.state import sharded_weights
+from emu2_megatron.errors import CheckpointError
+from emu2_megatron.parallel.wrap import Engine
+
+TRAINER = "trainer.json"
+"""Written last: a folder that has it is complete."""
+
+
+def folder(directory: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return Path(directory) / f"step_{step:08d}"
+
+
+def save(directory: str | Path, engine: Engine, step: int, cursors: list[int]) -> Path:
+    """Write weights and the place in the data; called by all ranks together.
+
+    Args:
+        directory: folder of checkpoints.
+        step: updates done.
+        cursors: samples consumed by every slot of the global batch.
+
+    Returns:
+        The checkpoint's folder. It appears under its final name only when complete.
+
+    Raises:
+        CheckpointError: the folder cannot be written, or a checkpoint of this step is already there.
+    """
+    final = folder(directory, step)
+    unfinished = final.with_name(final.name + ".unfinished")
+    problem: list[str] = [""]
+    if engine.here.rank == 0:
+        try:
+            if final.exists():
+                raise FileExistsError(f"{final} is already there")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        except OSError as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0]:
+        raise CheckpointError(f"cannot save step {step}: {problem[0]}")
+    dist_checkpointing.save(sharded_weights(engine), str(unfinished))
+    dist.barrier()
+    if engine.here.rank == 0:
+        (unfinished / TRAINER).write_text(json.dumps({"step": step, "cursors": cursors}))
+        unfinished.rename(final)
+    dist.barrier()
+    return final

@@ -1,0 +1,30 @@
+"""What a checkpoint holds, by name and by shard, whatever the layout.
+
+Decoder tensors keep megatron-core's names with global layer numbers (`decoder.layers.17.mlp.linear_fc1.weight`), cut
+over tensor-parallel ranks; encoder tensors keep the released names under `visual.`.
+"""
+
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+
+from emu2_megatron.parallel.wrap import Engine
+
+
+def sharded_weights(engine: Engine) -> dict[str, Any]:
+    """Name to this rank's shard of every weight it holds; exactly one rank stores each piece."""
+    metadata = {
+        # One name a layer, instead of one tensor over all layers: readable, and independent of how layers are staged.
+        "non_homogeneous_layers": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    stage: dict[str, Any] = engine.stage.sharded_state_dict(metadata=metadata)
+    if "output_layer.weight" in stage:
+        # The vocabulary's padding depends on the layout. megatron-core's embedding says so itself.
+        stage["output_layer.weight"].allow_shape_mismatch = True
+    encoder = {
+        f"visual.{name}": ShardedTensor.from_rank_offsets(f"visual.{name}", weight, replica_id=engine.here.rank)
+        for name, weight in engine.encoder.state_dict(keep_vars=True).items()
+    }
+    return stage | encoder

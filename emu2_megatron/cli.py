@@ -1,0 +1,97 @@
+"""The `emu2` command. Thin: it reads arguments, and imports what a subcommand needs only when that one runs."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import emu2_megatron
+from emu2_megatron.errors import ConfigError, Emu2Error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a subcommand; returns the exit code: 2 for a configuration that cannot run, 1 for any other known error."""
+    parser = _parser()
+    # Overrides may stand before, between and after the options, which argparse cannot say: they are what is left over.
+    options, rest = parser.parse_known_args(arguments)
+    if wrong := [text for text in rest if text.startswith("-") or options.command != "train"]:
+        parser.error(f"unknown argument: {' '.join(wrong)}")
+    try:
+        return _train(options.config, rest, options.nproc_per_node) if options.command == "train" else _doctor()
+    except Emu2Error as error:
+        if prefix := _prefix(error):
+            print(f"{prefix}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def _train(name_or_file: str, overrides: Sequence[str], nproc_per_node: int | None) -> int:
+    from emu2_megatron.config import loading, validate
+
+    config = loading.load(name_or_file, overrides)
+    started = os.environ.get("WORLD_SIZE")  # by torchrun or SLURM; without it, launch starts the processes
+    data_parallel_size = validate.validate(config, int(started) if started else nproc_per_node)
+    validate.validate_files(config)
+    if not started:
+        layout = config.parallel
+        nproc_per_node = layout.tensor_parallel_size * layout.pipeline_parallel_size * data_parallel_size
+
+    from emu2_megatron.training import launch
+
+    launch.train(config, nproc_per_node)
+    return 0
+
+
+def _doctor() -> int:
+    from emu2_megatron.platform import doctor
+
+    return doctor.print_report(doctor.report())
+
+
+def _prefix(error: Emu2Error) -> str:
+    """Who speaks, empty for a rank that stays silent.
+
+    All ranks get the same ConfigError from the same configuration, so one process of each node says it (files may be
+    missing on one node alone). Any other error may be a single rank's own, and is never swallowed.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        return "emu2"
+    if isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK") != "0":
+        return ""
+    return f"emu2, rank {rank}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="emu2", description=emu2_megatron.__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"emu2 {emu2_megatron.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    train = commands.add_parser(
+        "train",
+        help="train a model",
+        usage="emu2 train --config NAME_OR_FILE [KEY=VALUE ...] [--nproc-per-node N]",
+        description="Train a model. KEY=VALUE overrides one field of the configuration; all of them are listed below.",
+        formatter_class=_WithFields,
+        allow_abbrev=False,
+    )
+    train.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="recipe of the package, or a YAML file")
+    train.add_argument(
+        "--nproc-per-node",
+        type=int,
+        metavar="N",
+        help="processes to start on this machine; default: as many as the layout needs; not used under torchrun",
+    )
+    commands.add_parser("doctor", help="show what this machine has and what is missing")
+    return parser
+
+
+class _WithFields(argparse.RawDescriptionHelpFormatter):
+    """Puts the recipes and the documentation of every field below the options, and reads them only when asked to."""
+
+    def format_help(self) -> str:
+        from emu2_megatron.config import describe
+
+        return f"{super().format_help()}\n{describe.help_text()}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

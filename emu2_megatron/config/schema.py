@@ -1,0 +1,199 @@
+"""What a run is made of, as frozen dataclasses; the string under each field is its documentation.
+
+`emu2 train --help` prints these strings, YAML recipes fill the fields (`config/loading.py`), and `config/validate.py`
+says which combinations can run. Names are Megatron's where Megatron has one.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The visual encoder: the image tower of EVA-02-CLIP-E-plus."""
+
+    image_size: int = 448
+    """Height and width of an input picture, pixels; a multiple of patch_size."""
+    patch_size: int = 14
+    """Height and width of a patch, pixels."""
+    num_layers: int = 64
+    """Transformer blocks."""
+    hidden_size: int = 1792
+    """Width E of the residual stream and of a visual embedding."""
+    num_attention_heads: int = 16
+    """Attention heads; divides hidden_size."""
+    ffn_hidden_size: int = 15360
+    """Width of the MLP."""
+    layernorm_epsilon: float = 1e-6
+    """Epsilon of every LayerNorm."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The language model: LLaMA-33B with Emu2's added tokens."""
+
+    num_layers: int = 60
+    """Transformer layers, shared out over the pipeline stages."""
+    hidden_size: int = 6656
+    """Width D of the residual stream."""
+    num_attention_heads: int = 52
+    """Attention heads (no grouped queries); divisible by the tensor-parallel size."""
+    ffn_hidden_size: int = 17920
+    """Width of the SwiGLU MLP."""
+    vocab_size: int = 32272
+    """Rows of the embedding and of the output layer: SentencePiece pieces plus added tokens (32274 for Emu2-Chat)."""
+    max_position_embeddings: int = 2048
+    """Longest sequence the model is meant for, tokens."""
+    layernorm_epsilon: float = 1e-6
+    """Epsilon of every RMSNorm."""
+    rotary_base: float = 10000.0
+    """Base of the rotary position embedding."""
+    init_method_std: float = 0.02
+    """Standard deviation of freshly initialised weights, here and in the encoder and the projections."""
+    make_vocab_size_divisible_by: int = 1
+    """The vocabulary is padded, per tensor-parallel rank, to a multiple of this; 64 suits GPUs. Padding never gets
+    probability and never leaves the engine."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which model; a preset first, single fields over it."""
+
+    preset: str = "emu2_37b"
+    """emu2_37b, emu2_chat_37b, emu2_small (about 100 M parameters) or emu2_tiny."""
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """The visual encoder."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """The language model."""
+    image_queries: int = 64
+    """Visual embeddings Q of a still picture (64; Emu2-Chat 256): a square whose side divides the patch grid's."""
+    frame_queries: int = 64
+    """Visual embeddings of a video frame."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where sequences come from."""
+
+    shards: tuple[str, ...] = ()
+    """WebDataset tar shards: paths or glob patterns."""
+    tokenizer: str = ""
+    """A SentencePiece `tokenizer.model`; LLaMA's for the published sizes."""
+    sequence_length: int = 2048
+    """Tokens S of a packed sequence, visual ones included."""
+    image_first_probability: float = 0.5
+    """Chance that a picture comes before its caption rather than after it."""
+    supervise_image_markers: bool = False
+    """Train the text loss on `[IMG]` and `[/IMG]` too. Emu1 masks them; for Emu2 nothing is published."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How one replica of the model, and the batch, are shared out over the ranks."""
+
+    tensor_parallel_size: int = 1
+    """Ranks that share every decoder layer; divides the decoder's attention heads."""
+    pipeline_parallel_size: int = 1
+    """Stages the decoder's layers are cut into."""
+    pipeline_layout: tuple[int, ...] | None = None
+    """Decoder layers of each stage, first to last; null shares them out evenly."""
+    data_parallel_size: int | None = None
+    """Replicas; null takes as many as the world has room for."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    decoder_lr: float = 1e-5
+    """Peak learning rate of the language model."""
+    projection_lr: float = 1e-5
+    """Peak learning rate of project_up and project_down."""
+    encoder_lr: float = 1e-5
+    """Peak learning rate of the visual encoder, when it is trained."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+    adam_eps: float = 1e-6
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay of matrices; vectors (norms, biases) have none. Not published for Emu2: Emu1's value."""
+    clip_grad: float = 5.0
+    """Largest norm of all gradients together, encoder and decoder; 0 does not clip."""
+    lr_schedule: str = "cosine"
+    """cosine or linear, from the peak after warm-up to min_lr_ratio of it at the end of the run; or constant."""
+    min_lr_ratio: float = 0.0
+    """Where the schedule ends, as a share of the peak."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; give this or warmup_ratio."""
+    warmup_ratio: float | None = None
+    """Warm-up as a share of all steps; give this or warmup_steps."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The batch, the objective and the length of the run."""
+
+    steps: int = 20350
+    """Optimizer steps."""
+    global_batch_size: int = 2048
+    """Packed sequences in one step, over all replicas."""
+    micro_batch_size: int = 1
+    """Packed sequences B that go through the decoder at once."""
+    precision: str = "bf16"
+    """bf16 (fp32 master weights and gradient sums) or fp32."""
+    train_encoder: bool = False
+    """Train the visual encoder (stage 1) or leave it frozen (stage 2)."""
+    encoder_micro_batch_size: int = 16
+    """Pictures that go through the encoder at once."""
+    encoder_keep_activations: bool = False
+    """Keep the encoder's activations from the forward pass for its backward pass instead of running it again: faster,
+    if there is memory for all of a rank's pictures at once."""
+    text_loss_weight: float = 1.0
+    """Weight of the cross-entropy. Not published: both losses count alike by default."""
+    image_loss_weight: float = 1.0
+    """Weight of the regression loss."""
+    seed: int = 1234
+    """Seed of the weights and of the order of samples."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What a run leaves behind besides weights."""
+
+    directory: str = "runs/emu2"
+    """Gets config.yaml, log.jsonl and TensorBoard's event files."""
+    every: int = 1
+    """Steps between two lines in the logs."""
+    tensorboard: bool = True
+    """Write TensorBoard scalars."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving weights, optimizer and place in the data."""
+
+    directory: str = ""
+    """Where checkpoints go; empty means `checkpoints` below logging.directory."""
+    every: int = 0
+    """Steps between two checkpoints; 0 saves only at the end."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The model."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The data."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """The layout."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """The batch and the objective."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """The logs."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """The checkpoints."""

@@ -1,0 +1,279 @@
+"""Which configurations can run. Every refusal is a `ConfigError` of one line: key, value, and what is legal.
+
+The checks are a table of rules, read top to bottom; the first that does not hold is reported, so a rule may rely on
+those above it (sizes are positive before anything is divided by them). What depends on the number of processes comes
+after the table.
+"""
+
+import glob
+import math
+import operator
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from emu2_megatron.config.describe import yaml_value
+from emu2_megatron.config.schema import Config
+from emu2_megatron.errors import ConfigError
+
+PRECISIONS = ("bf16", "fp32")
+LR_SCHEDULES = ("cosine", "linear", "constant")
+
+_PICTURE_FRAME = 4
+"""Tokens of a sequence with one picture besides its visual embeddings: `<s>`, `[IMG]`, `[/IMG]`, `</s>`."""
+
+
+class Rule(NamedTuple):
+    """One thing that must hold."""
+
+    key: str
+    """The dotted key to blame."""
+    holds: Callable[[Config], bool]
+    """Whether the configuration is fine."""
+    legal: Callable[[Config], str]
+    """What would be right."""
+
+
+def validate(config: Config, world_size: int | None) -> int:
+    """Refuse a configuration that cannot run.
+
+    Args:
+        config: from `loading.load`.
+        world_size: processes of the run; None takes just as many as the layout needs.
+
+    Returns:
+        The data-parallel size.
+
+    Raises:
+        ConfigError: the first rule that does not hold.
+    """
+    for rule in RULES:
+        if not rule.holds(config):
+            raise ConfigError(f"{rule.key}: {yaml_value(_value(config, rule.key))}; {rule.legal(config)}")
+    data_parallel_size = _data_parallel_size(config, world_size)
+    _check_batch(config, data_parallel_size)
+    return data_parallel_size
+
+
+def validate_files(config: Config) -> None:
+    """Refuse shard patterns that match no file and a tokenizer that does not exist, on this machine."""
+    for pattern in config.data.shards:
+        if not Path(pattern).exists() and not glob.glob(pattern, recursive=True):
+            raise ConfigError(f"data.shards: {pattern} matches no file; {_MAKE_SHARDS}")
+    if not Path(config.data.tokenizer).is_file():
+        raise ConfigError(f"data.tokenizer: {config.data.tokenizer} is not a file; {_GIVE_TOKENIZER}")
+
+
+def tensor_parallel_sizes(config: Config) -> list[int]:
+    """The legal sizes: heads and MLP columns of the decoder are shared out evenly over the ranks."""
+    return _divisors(math.gcd(config.model.decoder.num_attention_heads, config.model.decoder.ffn_hidden_size))
+
+
+def query_counts(config: Config) -> list[int]:
+    """The legal numbers of visual embeddings of a picture: squares whose side divides the patch grid's."""
+    return [side * side for side in _divisors(config.model.encoder.image_size // config.model.encoder.patch_size)]
+
+
+def _divisors(number: int) -> list[int]:
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def _value(config: Config, key: str) -> Any:
+    return operator.attrgetter(key)(config)
+
+
+def _listed(values: list[int]) -> str:
+    return ", ".join(map(str, values))
+
+
+def _positive(key: str) -> Rule:
+    return Rule(key, lambda config: 0 < _value(config, key) < math.inf, lambda _: "legal: more than 0")
+
+
+def _not_negative(key: str) -> Rule:
+    return Rule(key, lambda config: 0 <= _value(config, key) < math.inf, lambda _: "legal: 0 or more")
+
+
+def _share(key: str) -> Rule:
+    return Rule(key, lambda config: 0 <= _value(config, key) <= 1, lambda _: "legal: 0 to 1")
+
+
+def _decay(key: str) -> Rule:
+    return Rule(key, lambda config: 0 <= _value(config, key) < 1, lambda _: "legal: 0 or more, below 1")
+
+
+def _one_of(key: str, choices: tuple[str, ...]) -> Rule:
+    return Rule(key, lambda config: _value(config, key) in choices, lambda _: f"legal: {', '.join(choices)}")
+
+
+def _unless_null(rule: Rule) -> Rule:
+    return rule._replace(holds=lambda config: _value(config, rule.key) is None or rule.holds(config))
+
+
+def _divides(key: str, whole: str) -> Rule:
+    def legal(config: Config) -> str:
+        total = _value(config, whole)
+        return f"must divide {whole} {total}, legal: {_listed(_divisors(total))}"
+
+    return Rule(key, lambda config: _value(config, whole) % _value(config, key) == 0, legal)
+
+
+def _queries(key: str) -> Rule:
+    return Rule(
+        key,
+        lambda config: _value(config, key) in query_counts(config),
+        lambda config: f"must be a square whose side divides the patch grid's, legal: {_listed(query_counts(config))}",
+    )
+
+
+def _layout_fits(config: Config) -> bool:
+    layout = config.parallel.pipeline_layout
+    return layout is None or (
+        len(layout) == config.parallel.pipeline_parallel_size
+        and sum(layout) == config.model.decoder.num_layers
+        and min(layout) > 0
+    )
+
+
+def _longest_picture(config: Config) -> int:
+    return max(config.model.image_queries, config.model.frame_queries) + _PICTURE_FRAME
+
+
+def _warmup_fits(config: Config) -> bool:
+    return config.optimizer.warmup_steps is None or config.optimizer.warmup_steps <= config.training.steps
+
+
+_GIVE_TOKENIZER = "give the path of a SentencePiece tokenizer.model"
+_MAKE_SHARDS = "give tar shards, `python tools/make_shards.py --help` makes them"
+
+_POSITIVE = """
+    model.encoder.image_size model.encoder.patch_size model.encoder.num_layers model.encoder.hidden_size
+    model.encoder.num_attention_heads model.encoder.ffn_hidden_size model.encoder.layernorm_epsilon
+    model.decoder.num_layers model.decoder.hidden_size model.decoder.num_attention_heads model.decoder.ffn_hidden_size
+    model.decoder.vocab_size model.decoder.max_position_embeddings model.decoder.layernorm_epsilon
+    model.decoder.rotary_base model.decoder.init_method_std model.decoder.make_vocab_size_divisible_by
+    model.image_queries model.frame_queries data.sequence_length
+    parallel.tensor_parallel_size parallel.pipeline_parallel_size
+    training.steps training.global_batch_size training.micro_batch_size training.encoder_micro_batch_size
+    optimizer.decoder_lr optimizer.projection_lr optimizer.encoder_lr optimizer.adam_eps logging.every
+""".split()
+_NOT_NEGATIVE = """
+    training.text_loss_weight training.image_loss_weight training.seed optimizer.weight_decay optimizer.clip_grad
+    checkpoint.every
+""".split()
+
+RULES: list[Rule] = [
+    *map(_positive, _POSITIVE),
+    *map(_not_negative, _NOT_NEGATIVE),
+    *map(_share, ("data.image_first_probability", "optimizer.min_lr_ratio")),
+    *map(_decay, ("optimizer.adam_beta1", "optimizer.adam_beta2")),
+    _unless_null(_positive("parallel.data_parallel_size")),
+    _unless_null(_not_negative("optimizer.warmup_steps")),
+    _unless_null(_share("optimizer.warmup_ratio")),
+    _one_of("training.precision", PRECISIONS),
+    _one_of("optimizer.lr_schedule", LR_SCHEDULES),
+    Rule(
+        "optimizer.warmup_steps",
+        lambda config: config.optimizer.warmup_steps is None or config.optimizer.warmup_ratio is None,
+        lambda config: f"given together with warmup_ratio {config.optimizer.warmup_ratio}; set one of them to null",
+    ),
+    Rule(
+        "optimizer.warmup_steps",
+        _warmup_fits,
+        lambda config: f"legal: 0 to training.steps {config.training.steps}",
+    ),
+    Rule(
+        "training.text_loss_weight",
+        lambda config: config.training.text_loss_weight + config.training.image_loss_weight > 0,
+        lambda _: "image_loss_weight is 0 too, so nothing would be learnt; legal: at most one of them 0",
+    ),
+    _divides("model.encoder.patch_size", "model.encoder.image_size"),
+    _divides("model.encoder.num_attention_heads", "model.encoder.hidden_size"),
+    _divides("model.decoder.num_attention_heads", "model.decoder.hidden_size"),
+    Rule(
+        "model.decoder.num_attention_heads",
+        lambda config: config.model.decoder.hidden_size // config.model.decoder.num_attention_heads % 2 == 0,
+        lambda config: (
+            "a head is hidden_size / num_attention_heads = "
+            f"{config.model.decoder.hidden_size // config.model.decoder.num_attention_heads} wide; "
+            "legal: an even width, which rotary embeddings need"
+        ),
+    ),
+    *map(_queries, ("model.image_queries", "model.frame_queries")),
+    Rule(
+        "parallel.tensor_parallel_size",
+        lambda config: config.parallel.tensor_parallel_size in tensor_parallel_sizes(config),
+        lambda config: (
+            f"must divide model.decoder.num_attention_heads {config.model.decoder.num_attention_heads} and "
+            f"ffn_hidden_size {config.model.decoder.ffn_hidden_size}, legal: {_listed(tensor_parallel_sizes(config))}"
+        ),
+    ),
+    Rule(
+        "parallel.pipeline_parallel_size",
+        lambda config: (
+            config.parallel.pipeline_layout is not None
+            or config.model.decoder.num_layers % config.parallel.pipeline_parallel_size == 0
+        ),
+        lambda config: (
+            f"must divide model.decoder.num_layers {config.model.decoder.num_layers}, legal: "
+            f"{_listed(_divisors(config.model.decoder.num_layers))}; or share them out by parallel.pipeline_layout"
+        ),
+    ),
+    Rule(
+        "parallel.pipeline_layout",
+        _layout_fits,
+        lambda config: (
+            f"legal: {config.parallel.pipeline_parallel_size} numbers (pipeline_parallel_size), each 1 or "
+            f"more, that add up to model.decoder.num_layers {config.model.decoder.num_layers}; or null"
+        ),
+    ),
+    Rule(
+        "data.sequence_length",
+        lambda config: config.data.sequence_length <= config.model.decoder.max_position_embeddings,
+        lambda config: (
+            f"legal: up to model.decoder.max_position_embeddings {config.model.decoder.max_position_embeddings}"
+        ),
+    ),
+    Rule(
+        "data.sequence_length",
+        lambda config: config.data.sequence_length >= _longest_picture(config),
+        lambda config: (
+            f"too short for one picture; legal: {_longest_picture(config)} or more (its visual embeddings "
+            f"and {_PICTURE_FRAME} tokens around them)"
+        ),
+    ),
+    Rule("data.shards", lambda config: len(config.data.shards) > 0, lambda _: _MAKE_SHARDS),
+    Rule(
+        "data.tokenizer",
+        lambda config: config.data.tokenizer != "",
+        lambda _: _GIVE_TOKENIZER,
+    ),
+]
+
+
+def _data_parallel_size(config: Config, world_size: int | None) -> int:
+    tensor, pipeline = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
+    wanted = config.parallel.data_parallel_size
+    replica = tensor * pipeline
+    if world_size is None:
+        return wanted or 1
+    product = f"tensor_parallel_size {tensor} x pipeline_parallel_size {pipeline}"
+    if world_size < 1 or world_size % replica:
+        raise ConfigError(f"parallel: {world_size} processes; {product}, legal: a multiple of {replica} processes")
+    if wanted is not None and world_size != replica * wanted:
+        raise ConfigError(
+            f"parallel.data_parallel_size: {wanted}; {product} makes that {replica * wanted} processes and there are "
+            f"{world_size}, legal: {world_size // replica} or null"
+        )
+    return world_size // replica
+
+
+def _check_batch(config: Config, data_parallel_size: int) -> None:
+    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
+    unit = micro * data_parallel_size
+    if batch % unit:
+        legal = [multiple for multiple in (batch // unit * unit, (batch // unit + 1) * unit) if multiple > 0]
+        raise ConfigError(
+            f"training.global_batch_size: {batch}; must be a multiple of micro_batch_size {micro} x data-parallel size "
+            f"{data_parallel_size} = {unit}, nearest legal: {_listed(legal)}"
+        )

@@ -1,0 +1,25 @@
+"""The errors a user can meet. Each message names the thing that is wrong, where it is, and what would be right."""
+
+
+class Emu2Error(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(Emu2Error):
+    """A configuration that cannot be run. The message is one line and names the key."""
+
+
+class DataError(Emu2Error):
+    """A sample, shard or tokenizer that cannot be read. A bad sample is skipped and counted, never fatal by itself."""
+
+
+class CheckpointError(Emu2Error):
+    """A checkpoint that cannot be written or read."""
+
+
+class ConversionError(Emu2Error):
+    """Weights that do not fit the model they are meant for."""
+
+
+class TrainingDiverged(Emu2Error):
+    """The loss or the gradients are no longer finite."""

@@ -1,0 +1,179 @@
+"""One pipeline stage of Emu2's decoder: LLaMA from megatron-core parts, with the two projections of visual embeddings.
+
+The first stage embeds tokens and merges `project_up(v)` into them; the last one computes both losses. Positions,
+targets and visual embeddings of a micro-batch come in a `MicroBatch`, built by `parallel/three_phase.py`.
+
+Shapes: S sequence, B micro-batch, D decoder width, E encoder width, V vocabulary, R visual rows of the micro-batch,
+T regressed rows of it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from emu2_megatron.config.schema import Config, ModelConfig
+from emu2_megatron.model.layer_specs import block_submodules
+from emu2_megatron.model.parameters import mark_tensor_parallel
+from emu2_megatron.ops.interleave import interleave
+from emu2_megatron.ops.regression_loss import squared_error_sum
+from emu2_megatron.platform.device import IS_CUDA
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""training.precision to the dtype of weights and activations."""
+
+
+@dataclass
+class MicroBatch:
+    """What one forward pass of a stage needs to know; flat positions are `s * B + b`."""
+
+    tokens_BS: Tensor
+    """int64 [B, S] token ids."""
+    text_labels_SB: Tensor
+    """int64 [S, B]: the id that position s has to predict, or 0 where `text_mask_SB` is 0."""
+    text_mask_SB: Tensor
+    """fp32 [S, B]: 1 where position s predicts text."""
+    visual_positions_R: Tensor
+    """int64 [R]: where the visual embeddings go, in the order of `features_RE`."""
+    predictor_positions_T: Tensor
+    """int64 [T]: positions that predict a visual embedding."""
+    predicted_rows_T: Tensor
+    """int64 [T]: the row of `features_RE` each of them predicts."""
+    features_RE: Tensor
+    """[R, E] visual embeddings; on the first stage a leaf that collects gradients when the encoder is trained."""
+
+
+def transformer_config(config: Config, stage_layers: list[int]) -> TransformerConfig:
+    """megatron-core's view of the decoder.
+
+    Args:
+        config: the run's configuration, validated.
+        stage_layers: decoder layers of every pipeline stage, first to last.
+    """
+    decoder, parallel = config.model.decoder, config.parallel
+    dtype = DTYPES[config.training.precision]
+    stages: list[list[str]] = [["decoder"] * layers for layers in stage_layers]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return TransformerConfig(
+        num_layers=decoder.num_layers,
+        hidden_size=decoder.hidden_size,
+        ffn_hidden_size=decoder.ffn_hidden_size,
+        num_attention_heads=decoder.num_attention_heads,
+        layernorm_epsilon=decoder.layernorm_epsilon,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        pipeline_model_parallel_layout=stages if len(stages) > 1 else None,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        # Losses arrive divided by global counts (three_phase): gradients are plain sums over micro-batches and ranks.
+        calculate_per_token_loss=True,
+        # model/parameters.py initialises by name, so that every layout starts from the same weights.
+        perform_initialization=False,
+        use_cpu_initialization=not IS_CUDA,
+        # Fusions that need CUDA kernels.
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=IS_CUDA,
+        bias_dropout_fusion=IS_CUDA,
+        bias_activation_fusion=IS_CUDA,
+        apply_rope_fusion=False,
+        batch_p2p_comm=IS_CUDA,
+    )
+
+
+def padded_vocab_size(model: ModelConfig, tensor_parallel_size: int) -> int:
+    """Rows of the embedding and output layer over all tensor-parallel ranks."""
+    multiple = model.decoder.make_vocab_size_divisible_by * tensor_parallel_size
+    return -(-model.decoder.vocab_size // multiple) * multiple
+
+
+class DecoderStage(MegatronModule):
+    """The layers of one pipeline stage, with the embedding on the first and the losses on the last."""
+
+    share_embeddings_and_output_weights = False  # read by megatron-core's gradient finalisation
+
+    def __init__(self, config: TransformerConfig, model: ModelConfig, pre_process: bool, post_process: bool,
+                 num_layers: int) -> None:  # fmt: skip
+        super().__init__(config=config)
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process = pre_process, post_process
+        self.vocab_size = model.decoder.vocab_size
+        width, encoder_width = config.hidden_size, model.encoder.hidden_size
+        padded = padded_vocab_size(model, config.tensor_model_parallel_size)
+        kwargs = {"bias": False, "dtype": config.params_dtype}
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config, padded, model.decoder.max_position_embeddings, position_embedding_type="rope"
+            )
+            self.project_up = nn.Linear(encoder_width, width, **kwargs)
+        self.rotary = RotaryEmbedding(
+            kv_channels=config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=model.decoder.rotary_base,
+            use_cpu_initialization=config.use_cpu_initialization,
+        )
+        self.decoder = TransformerBlock(
+            config, block_submodules(num_layers), pre_process=pre_process, post_process=post_process
+        )
+        if post_process:
+            self.output_layer = ColumnParallelLinear(
+                width, padded, config=config, init_method=lambda weight: weight, bias=False, gather_output=False
+            )
+            self.project_down = nn.Linear(width, encoder_width, **kwargs)
+        mark_tensor_parallel(self)
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None] | Tensor | None) -> None:
+        """Take the previous stage's output; called by megatron-core's schedules."""
+        tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        self.decoder.set_input_tensor(tensor)
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """One micro-batch through this stage.
+
+        Returns:
+            [S, B, D] hidden states; on the last stage those after the final norm, which both heads read.
+        """
+        hidden_SBD = None
+        if self.pre_process:
+            hidden_SBD = self.embedding(batch.tokens_BS, None)
+            # Also without any picture: every parameter takes part in every backward pass, if only with zeros.
+            hidden_SBD = interleave(hidden_SBD, self.project_up(batch.features_RE), batch.visual_positions_R)
+        hidden: Tensor = self.decoder(
+            hidden_states=hidden_SBD, attention_mask=None, rotary_pos_emb=self.rotary(batch.tokens_BS.shape[1])
+        )
+        return hidden
+
+    def logits(self, hidden_SBD: Tensor) -> Tensor:
+        """[S, B, V / TP] this rank's part of the vocabulary; padding rows get probability 0."""
+        logits_SBV: Tensor = self.output_layer(hidden_SBD)[0]
+        rows = logits_SBV.shape[-1]
+        real = self.vocab_size - rows * self.output_layer.tp_group.rank()
+        if real < rows:
+            padding_V = torch.arange(rows, device=logits_SBV.device) >= real
+            logits_SBV = logits_SBV.masked_fill(padding_V, float("-inf"))
+        return logits_SBV
+
+    def loss_sums(self, hidden_SBD: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Cross-entropy summed over text targets, squared error summed over regressed embeddings; fp32 scalars."""
+        per_token_SB = tensor_parallel.vocab_parallel_cross_entropy(
+            self.logits(hidden_SBD).float(), batch.text_labels_SB
+        )
+        text_sum = (per_token_SB * batch.text_mask_SB).sum()
+        predictors_TD = hidden_SBD.flatten(0, 1)[batch.predictor_positions_T]
+        square_sum = squared_error_sum(self.project_down(predictors_TD), batch.features_RE[batch.predicted_rows_T])
+        return text_sum, square_sum

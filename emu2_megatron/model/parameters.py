@@ -1,0 +1,214 @@
+"""One table from the released parameter names to this engine's, for initialisation, conversion and comparison.
+
+Released names are those of the authors' native files (no `model.` prefix, `attn.q_bias` / `attn.v_bias`). The encoder
+uses them as they are. Decoder parameters are fused and cut for tensor parallelism; `RULES` says how.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from torch import Tensor, nn
+
+from emu2_megatron.config.schema import ModelConfig
+from emu2_megatron.errors import ConversionError
+
+_LM = "decoder.lm."
+_LAYER = _LM + "model.layers.{layer}."
+
+
+def released_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of a whole model, in the released order of modules."""
+    e, d = model.encoder, model.decoder
+    E, F, D, G, V = e.hidden_size, e.ffn_hidden_size, d.hidden_size, d.ffn_hidden_size, d.vocab_size
+    patch = e.patch_size
+    block = {
+        "attn.qkv.weight": (3 * E, E), "attn.q_bias": (E,), "attn.v_bias": (E,),
+        "attn.proj.weight": (E, E), "attn.proj.bias": (E,),
+        "norm1.weight": (E,), "norm1.bias": (E,),
+        "mlp.fc1.weight": (F, E), "mlp.fc1.bias": (F,), "mlp.fc2.weight": (E, F), "mlp.fc2.bias": (E,),
+        "norm2.weight": (E,), "norm2.bias": (E,),
+    }  # fmt: skip
+    layer = {
+        **{f"self_attn.{name}_proj.weight": (D, D) for name in "qkvo"},
+        "mlp.gate_proj.weight": (G, D), "mlp.up_proj.weight": (G, D), "mlp.down_proj.weight": (D, G),
+        "input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,),
+    }  # fmt: skip
+    return {
+        "project_up.weight": (D, E),
+        "project_down.weight": (E, D),
+        "visual.cls_token": (1, 1, E),
+        "visual.pos_embed": (1, 1 + (e.image_size // patch) ** 2, E),
+        "visual.patch_embed.proj.weight": (E, 3, patch, patch),
+        "visual.patch_embed.proj.bias": (E,),
+        **{f"visual.blocks.{i}.{name}": shape for i in range(e.num_layers) for name, shape in block.items()},
+        _LM + "model.embed_tokens.weight": (V, D),
+        **{_LAYER.format(layer=i) + name: shape for i in range(d.num_layers) for name, shape in layer.items()},
+        _LM + "model.norm.weight": (D,),
+        _LM + "lm_head.weight": (V, D),
+    }
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How released tensors become the part of a parameter that one of `tp` tensor-parallel ranks holds, and back."""
+
+    cut: Callable[[ModelConfig, list[Tensor], int], list[Tensor]]
+    """(model, whole released tensors, tp) to the tp local tensors."""
+    join: Callable[[ModelConfig, list[Tensor]], list[Tensor]]
+    """(model, the tp local tensors) to the whole released tensors."""
+    dim: int | None
+    """The dimension that is cut, or None if every rank holds the whole."""
+
+
+def _pad_rows(model: ModelConfig, whole: Tensor, tp: int) -> Tensor:
+    multiple = model.decoder.make_vocab_size_divisible_by * tp
+    return nn.functional.pad(whole, (0, 0, 0, -len(whole) % multiple))
+
+
+def _fuse_qkv(model: ModelConfig, whole: list[Tensor], tp: int) -> list[Tensor]:
+    # megatron-core keeps q, k and v of a head together, so that a rank's rows are whole heads.
+    N = model.decoder.num_attention_heads
+    fused = torch.stack([x.view(N, -1, x.shape[-1]) for x in whole], dim=1)
+    return list(fused.flatten(0, 2).chunk(tp))
+
+
+def _split_qkv(model: ModelConfig, local: list[Tensor]) -> list[Tensor]:
+    whole = torch.cat(local)
+    heads = whole.view(model.decoder.num_attention_heads, 3, -1, whole.shape[-1])
+    return [heads[:, i].flatten(0, 1) for i in range(3)]
+
+
+REPLICATED = Rule(lambda m, whole, tp: [whole[0]] * tp, lambda m, local: [local[0]], None)
+ROW = Rule(lambda m, whole, tp: list(whole[0].chunk(tp, dim=1)), lambda m, local: [torch.cat(local, dim=1)], 1)
+VOCABULARY = Rule(
+    lambda m, whole, tp: list(_pad_rows(m, whole[0], tp).chunk(tp)),
+    lambda m, local: [torch.cat(local)[: m.decoder.vocab_size]],
+    0,
+)
+QKV = Rule(_fuse_qkv, _split_qkv, 0)
+GATED_MLP = Rule(
+    lambda m, whole, tp: [torch.cat(pair) for pair in zip(*(x.chunk(tp) for x in whole), strict=True)],
+    lambda m, local: [torch.cat(half) for half in zip(*(x.chunk(2) for x in local), strict=True)],
+    0,
+)
+
+RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {
+    "embedding.word_embeddings.weight": (VOCABULARY, (_LM + "model.embed_tokens.weight",)),
+    "output_layer.weight": (VOCABULARY, (_LM + "lm_head.weight",)),
+    "decoder.final_layernorm.weight": (REPLICATED, (_LM + "model.norm.weight",)),
+    "project_up.weight": (REPLICATED, ("project_up.weight",)),
+    "project_down.weight": (REPLICATED, ("project_down.weight",)),
+    "input_layernorm.weight": (REPLICATED, (_LAYER + "input_layernorm.weight",)),
+    "pre_mlp_layernorm.weight": (REPLICATED, (_LAYER + "post_attention_layernorm.weight",)),
+    # Transformer Engine fuses these two norms into the linear layer that follows.
+    "self_attention.linear_qkv.layer_norm_weight": (REPLICATED, (_LAYER + "input_layernorm.weight",)),
+    "mlp.linear_fc1.layer_norm_weight": (REPLICATED, (_LAYER + "post_attention_layernorm.weight",)),
+    "self_attention.linear_qkv.weight": (QKV, tuple(_LAYER + f"self_attn.{x}_proj.weight" for x in "qkv")),
+    "self_attention.linear_proj.weight": (ROW, (_LAYER + "self_attn.o_proj.weight",)),
+    "mlp.linear_fc1.weight": (GATED_MLP, (_LAYER + "mlp.gate_proj.weight", _LAYER + "mlp.up_proj.weight")),
+    "mlp.linear_fc2.weight": (ROW, (_LAYER + "mlp.down_proj.weight",)),
+}
+"""A decoder stage's parameter (without `decoder.layers.N.`) to its rule and the released tensors it is made of."""
+
+
+def rule_of(name: str, first_layer: int) -> tuple[Rule, tuple[str, ...]]:
+    """Rule and released names of a decoder stage's parameter.
+
+    Args:
+        name: its name in `DecoderStage`, layers counted from 0 within the stage.
+        first_layer: global index of the stage's first layer.
+    """
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+    key, layer = (match[2], int(match[1]) + first_layer) if match else (name, 0)
+    if key not in RULES:
+        raise ConversionError(f"no rule says which released tensors make up {name}")
+    rule, names = RULES[key]
+    return rule, tuple(released.format(layer=layer) for released in names)
+
+
+def stage_parameters(stage: nn.Module, first_layer: int) -> Iterator[tuple[nn.Parameter, Rule, tuple[str, ...]]]:
+    """Every parameter of a decoder stage with its rule and released names."""
+    for name, parameter in stage.named_parameters():
+        yield parameter, *rule_of(name, first_layer)
+
+
+def mark_tensor_parallel(stage: nn.Module) -> None:
+    """Tell megatron-core which parameters are cut over tensor-parallel ranks.
+
+    Its layers say so themselves only when they initialise their weights, which ours do not. Unmarked, a cut parameter
+    counts as a duplicate on all but the first rank and is missing from the gradient norm, without an error.
+    """
+    for name, parameter in stage.named_parameters():
+        rule, _ = rule_of(name, 0)
+        if rule.dim is not None:
+            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=rule.dim, stride=1)
+
+
+def initial_value(name: str, shape: Sequence[int], std: float, seed: int, device: torch.device) -> Tensor:
+    """The fp32 value a released parameter starts from, depending on nothing but (seed, name, shape, device type).
+
+    Norm weights are 1, biases 0, everything else normal with `std`.
+    """
+    if name.endswith(("norm.weight", "norm1.weight", "norm2.weight")):
+        return torch.ones(*shape, device=device)
+    if name.endswith("bias"):
+        return torch.zeros(*shape, device=device)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    return torch.empty(*shape, device=device).normal_(0.0, std, generator=generator)
+
+
+Source = Callable[[str], Tensor]
+"""Released name to its whole tensor."""
+
+
+def fresh(model: ModelConfig, seed: int, device: torch.device) -> Source:
+    """A source of initial values (`initial_value`) for every released name."""
+    shapes, std = released_shapes(model), model.decoder.init_method_std
+    return lambda name: initial_value(name, shapes[name], std, seed, device)
+
+
+@torch.no_grad()
+def fill_decoder(stage: nn.Module, model: ModelConfig, source: Source, first_layer: int, tp_rank: int, tp: int) -> None:
+    """Copy released tensors into one stage's tensor-parallel part.
+
+    Raises:
+        ConversionError: a tensor of the source does not have the shape the model wants.
+    """
+    shapes = released_shapes(model)
+    for parameter, rule, names in stage_parameters(stage, first_layer):
+        whole = [_checked(name, source(name), shapes[name]) for name in names]
+        parameter.copy_(rule.cut(model, whole, tp)[tp_rank])
+
+
+def join_stage(model: ModelConfig, parts: Sequence[dict[str, Tensor]], first_layer: int) -> dict[str, Tensor]:
+    """The reverse of cutting: whole released tensors of one stage.
+
+    Args:
+        parts: for each tensor-parallel rank, in order, a tensor for every parameter name of the stage (weights,
+            gradients or moments alike).
+        first_layer: global index of the stage's first layer.
+    """
+    whole: dict[str, Tensor] = {}
+    for name in parts[0]:
+        rule, released = rule_of(name, first_layer)
+        whole |= zip(released, rule.join(model, [part[name] for part in parts]), strict=True)
+    return whole
+
+
+@torch.no_grad()
+def fill_encoder(encoder: nn.Module, model: ModelConfig, source: Source) -> None:
+    """Copy released tensors into the encoder. Raises ConversionError like `fill_decoder`."""
+    shapes = released_shapes(model)
+    for name, parameter in encoder.named_parameters():
+        parameter.copy_(_checked("visual." + name, source("visual." + name), shapes["visual." + name]))
+
+
+def _checked(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if tuple(tensor.shape) != shape:
+        raise ConversionError(f"{name} has shape {list(tensor.shape)}, the model wants {list(shape)}")
+    return tensor

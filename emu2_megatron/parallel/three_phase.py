@@ -1,0 +1,255 @@
+"""The training step: load and exchange, encode, decode, and (if it is trained) the encoder's backward pass.
+
+The encoder is not part of the pipeline. Every rank encodes the pictures of the sequences it loaded; the embeddings are
+gathered within the replica, so that the first stage has them as inputs and the last stage as regression targets; the
+pipeline runs over the decoder alone; gradients of the embeddings, collected on the first stage, return to the rank that
+encoded the picture. ARCHITECTURE.md explains why.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from torch import Tensor, nn
+
+from emu2_megatron.config.schema import Config
+from emu2_megatron.data.batch import targets
+from emu2_megatron.data.decode import normalize
+from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL_TARGET, PackedSequence
+from emu2_megatron.model.decoder import DTYPES, DecoderStage, MicroBatch
+from emu2_megatron.parallel import exchange, topology
+from emu2_megatron.parallel.topology import Topology
+from emu2_megatron.platform.device import device, synchronize
+
+PHASES = ("exchange", "encode", "decode", "encoder_backward")
+"""Names of the timed phases. Loading is timed by the loop."""
+
+
+@dataclass
+class StepOutput:
+    """What a forward and backward pass found out; the same on every rank except `moments` and `seconds`."""
+
+    text_loss: Tensor
+    """fp32 scalar: mean cross-entropy over all text targets of the global batch, 0 if there are none."""
+    image_loss: Tensor
+    """fp32 scalar: mean squared error over all regressed elements of the global batch, 0 if there are none."""
+    counts: Tensor
+    """int64 [4]: text targets, regressed embeddings, pictures and sequences of the global batch."""
+    moments: Tensor
+    """fp64 [2 E + 1]: over this rank's regressed embeddings v, sum v | sum v² | count."""
+    seconds: dict[str, float]
+    """Wall time of each phase on this rank."""
+
+
+class ThreePhaseStep:
+    """Forward and backward of one global batch. Gradients end up where the optimizer expects them.
+
+    Args:
+        config: the run.
+        here: this rank's place.
+        encoder: the encoder wrapped by `parallel/wrap.py` if it is trained, bare if it is frozen.
+        stage: the wrapped decoder stage.
+        finalize_encoder: sums the encoder's gradients over the world; None if it is frozen.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        here: Topology,
+        encoder: nn.Module,
+        stage: nn.Module,
+        finalize_encoder: Callable[..., None] | None,
+    ) -> None:
+        self.config, self.here = config, here
+        self.encoder, self.stage, self.finalize_encoder = encoder, stage, finalize_encoder
+        self.replica = parallel_state.get_model_parallel_group()
+        self.sequences = config.training.global_batch_size // here.dp_size
+        self.dtype = DTYPES[config.training.precision]
+        self.trains_encoder = config.training.train_encoder
+        self.keeps = self.trains_encoder and config.training.encoder_keep_activations
+
+    def __call__(self, own: list[PackedSequence], force_all_reduce: bool = False) -> StepOutput:
+        """Run all phases on this rank's sequences (`Topology.slots`, in order).
+
+        Args:
+            own: the sequences.
+            force_all_reduce: leave whole summed gradients on every rank instead of the optimizer's shards.
+        """
+        clock = _Clock()
+        tokens_NS, roles_NS = exchange.gather_sequences(
+            own, self.sequences, self.config.data.sequence_length, self.replica, device()
+        )
+        counts = self._count(roles_NS, own)
+        rows = exchange.row_map(roles_NS, self.here.replica_size)
+        clock.lap("exchange")
+
+        chunks = self._encode(own)
+        own_RE = torch.cat([chunk.detach() for _, _, chunk in chunks]) if chunks else self._no_rows()
+        gathered_RE = exchange.gather_rows(own_RE, rows.block, self.replica)
+        clock.lap("encode")
+
+        batches = self._micro_batches(tokens_NS, roles_NS, rows, gathered_RE)
+        sums = self._decode(batches, counts, force_all_reduce)
+        clock.lap("decode")
+
+        if self.trains_encoder:
+            self._encoder_backward(chunks, batches, rows, len(own_RE), force_all_reduce)
+        clock.lap("encoder_backward")
+        text_loss, image_loss = (sums / self._denominators(counts)).float()
+        return StepOutput(text_loss, image_loss, counts, _moments(own_RE, own), clock.seconds)
+
+    # Phase 0 ------------------------------------------------------------------------------------------------------
+
+    def _count(self, roles_NS: Tensor, own: list[PackedSequence]) -> Tensor:
+        """Targets, pictures and sequences of the global batch, known before the forward pass."""
+        text, visual = ((roles_NS & role).bool().sum() for role in (TEXT_TARGET, VISUAL_TARGET))
+        # Every rank of a replica knows all its targets, but each picture is known to one rank: sum over the world.
+        share = [int(text) * self._speaks, int(visual) * self._speaks, sum(len(s.pixels) for s in own), len(own)]
+        counts = torch.tensor(share, device=device())
+        dist.all_reduce(counts, group=topology.world_group())
+        return counts
+
+    @property
+    def _speaks(self) -> bool:
+        """One rank of each replica contributes what all of them know: the last stage's, which has the losses."""
+        return self.here.last_stage and self.here.tp_rank == 0
+
+    def _denominators(self, counts: Tensor) -> Tensor:
+        elements = torch.tensor([1, self.config.model.encoder.hidden_size], device=counts.device)
+        return (counts[:2] * elements).clamp(min=1)
+
+    # Phase 1 ------------------------------------------------------------------------------------------------------
+
+    def _encode(self, own: list[PackedSequence]) -> list[tuple[Tensor, list[int], Tensor]]:
+        """(pixels uint8 [I, 3, H, W], queries, rows [R, E]) of this rank's pictures, chunk by chunk."""
+        pixels = [torch.from_numpy(picture) for sequence in own for picture in sequence.pixels]
+        queries = [q for sequence in own for q in sequence.queries]
+        size = self.config.training.encoder_micro_batch_size
+        chunks = []
+        with torch.set_grad_enabled(self.keeps):
+            for start in range(0, len(pixels), size):
+                chunk = torch.stack(pixels[start : start + size]).to(device())
+                wanted = queries[start : start + size]
+                chunks.append((chunk, wanted, self._run_encoder(chunk, wanted)))
+        return chunks
+
+    def _run_encoder(self, pixels: Tensor, queries: list[int]) -> Tensor:
+        rows_RE: Tensor = self.encoder(normalize(pixels, self.dtype), queries)
+        return rows_RE
+
+    def _no_rows(self) -> Tensor:
+        return torch.empty(0, self.config.model.encoder.hidden_size, dtype=self.dtype, device=device())
+
+    # Phase 2 ------------------------------------------------------------------------------------------------------
+
+    def _micro_batches(
+        self, tokens_NS: Tensor, roles_NS: Tensor, rows: exchange.RowMap, gathered_RE: Tensor
+    ) -> list[tuple[MicroBatch, Tensor]]:
+        """Each micro-batch with the gathered rows its `features_RE` came from."""
+        size = self.config.training.micro_batch_size
+        batches = []
+        for start in range(0, self.sequences, size):
+            tokens_BS, roles_BS = tokens_NS[start : start + size], roles_NS[start : start + size]
+            index_R = torch.cat(rows.rows[start : start + size]).to(device())
+            features_RE = gathered_RE[index_R]
+            if self.here.first_stage and self.trains_encoder:
+                features_RE.requires_grad_()
+            wanted = targets(tokens_BS, roles_BS)
+            batch = MicroBatch(
+                tokens_BS=tokens_BS.to(device()),
+                features_RE=features_RE,
+                **{f.name: getattr(wanted, f.name).to(device()) for f in fields(wanted)},
+            )
+            batches.append((batch, index_R))
+        return batches
+
+    def _decode(self, batches: list[tuple[MicroBatch, Tensor]], counts: Tensor, force_all_reduce: bool) -> Tensor:
+        """The pipeline schedule. Returns fp32 [2] loss sums of the global batch: text, image."""
+        training = self.config.training
+        weights = torch.tensor([training.text_loss_weight, training.image_loss_weight], device=counts.device)
+        scale = weights / self._denominators(counts)
+        losses = get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, scale),
+            data_iterator=iter([batch for batch, _ in batches]),
+            model=[self.stage],
+            num_microbatches=len(batches),
+            seq_length=self.config.data.sequence_length,
+            micro_batch_size=training.micro_batch_size,
+            decoder_seq_length=self.config.data.sequence_length,
+            forward_only=False,
+            force_all_reduce=force_all_reduce,
+        )
+        sums = torch.zeros(2, device=counts.device)
+        if self._speaks:
+            sums += torch.stack([loss["sums"] for loss in losses]).sum(0)
+        dist.all_reduce(sums, group=topology.world_group())
+        return sums
+
+    # Phase 3 ------------------------------------------------------------------------------------------------------
+
+    def _encoder_backward(
+        self,
+        chunks: list[tuple[Tensor, list[int], Tensor]],
+        batches: list[tuple[MicroBatch, Tensor]],
+        rows: exchange.RowMap,
+        own_rows: int,
+        force_all_reduce: bool,
+    ) -> None:
+        """Bring the embeddings' gradients home and push them through the encoder."""
+        width = self.config.model.encoder.hidden_size
+        grads_RE = torch.zeros(self.here.replica_size * rows.block, width, dtype=torch.float32, device=device())
+        # Tensor-parallel ranks of the first stage hold the same gradient: one of them speaks.
+        if self.here.first_stage and self.here.tp_rank == 0:
+            for batch, index_R in batches:
+                if batch.features_RE.grad is not None:
+                    grads_RE[index_R] = batch.features_RE.grad.float()
+        mine_RE = exchange.return_rows(grads_RE, own_rows, self.replica).to(self.dtype)
+        start = 0
+        for pixels, queries, kept_RE in chunks:
+            rows_RE = kept_RE if self.keeps else self._run_encoder(pixels, queries)
+            rows_RE.backward(mine_RE[start : start + len(rows_RE)])
+            start += len(rows_RE)
+        assert self.finalize_encoder is not None
+        self.finalize_encoder(force_all_reduce=force_all_reduce)
+
+
+def _forward_step(scale: Tensor, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+    """megatron-core's forward step: the stage's output, and the loss to compute from it on the last stage."""
+    batch = next(batches)
+    return model(batch), partial(_loss, scale, model, batch)
+
+
+def _loss(scale: Tensor, model: Any, batch: MicroBatch, hidden_SBD: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    stage: DecoderStage = model.module
+    sums = torch.stack(stage.loss_sums(hidden_SBD, batch))
+    # The loss is already divided by global counts; a count of 0 tells megatron-core to divide by nothing more.
+    return (sums * scale).sum(), torch.zeros((), dtype=torch.int), {"sums": sums.detach()}
+
+
+def _moments(own_RE: Tensor, own: list[PackedSequence]) -> Tensor:
+    """First and second moments of this rank's regressed embeddings, per dimension."""
+    roles = [torch.from_numpy(s.roles_S) for s in own]
+    regressed_R = torch.cat(
+        [(r[(r & 1).bool()] & VISUAL_TARGET).bool() for r in roles] or [torch.empty(0, dtype=torch.bool)]
+    )
+    v = own_RE[regressed_R.to(own_RE.device)].double()
+    return torch.cat([v.sum(0), v.square().sum(0), v.new_tensor([len(v)])])
+
+
+class _Clock:
+    """Splits a step's wall time into phases."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        synchronize()
+        now = time.perf_counter()
+        self.seconds[phase], self._last = now - self._last, now

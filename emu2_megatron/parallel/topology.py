@@ -1,0 +1,112 @@
+"""Who this rank is, and the process groups it talks in.
+
+One *replica* is a whole decoder: TP × PP ranks. Within a replica every rank loads and encodes its own part of the
+replica's sequences; the data-parallel replicas hold the same weights and different sequences. The encoder is whole on
+every rank, so for it the whole world is data-parallel.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from emu2_megatron.config.schema import Config
+from emu2_megatron.platform import device
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This rank's place. `replica_rank` counts the TP × PP ranks that share one decoder."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+    replica_rank: int
+    replica_size: int
+
+    @property
+    def first_stage(self) -> bool:
+        """Whether this rank embeds tokens."""
+        return self.pp_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        """Whether this rank computes losses."""
+        return self.pp_rank == self.pp_size - 1
+
+    def slots(self, global_batch_size: int) -> list[int]:
+        """Sequences of the global batch that this rank loads: every `replica_size`-th one of its replica's share."""
+        share = global_batch_size // self.dp_size
+        return list(range(self.dp_rank * share + self.replica_rank, (self.dp_rank + 1) * share, self.replica_size))
+
+
+def initialize(config: Config) -> Topology:
+    """Create megatron-core's process groups for a validated configuration.
+
+    Precondition: `torch.distributed` is initialised with TP · PP · DP ranks.
+    """
+    parallel = config.parallel
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        create_gloo_process_groups=False,
+    )
+    # The model has no dropout; megatron-core's layers ask for the tracker's states all the same.
+    tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
+    replica = parallel_state.get_model_parallel_group()
+    return Topology(
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel.tensor_parallel_size,
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel.pipeline_parallel_size,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        replica_rank=dist.get_rank(replica),
+        replica_size=dist.get_world_size(replica),
+    )
+
+
+def start(backend: str = device.BACKEND) -> None:
+    """Join the process group of the launcher (torchrun's environment), or be a world of one."""
+    device.activate()
+    if dist.is_initialized():
+        return
+    if dist.is_torchelastic_launched():
+        dist.init_process_group(backend)
+    else:
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, rank=0, world_size=1, store=store)
+
+
+def stop() -> None:
+    """Destroy what `initialize` and `start` created."""
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def world_group() -> dist.ProcessGroup:
+    """All ranks, as the group object in which megatron-core sums gradient norms."""
+    group: dist.ProcessGroup = parallel_state.get_intra_distributed_optimizer_instance_group()
+    return group
+
+
+def encoder_groups() -> ProcessGroupCollection:
+    """Process groups under which the encoder is data-parallel over the world and parallel in no other way."""
+    # Expert parallelism is not used, so this group holds this rank alone.
+    alone = parallel_state.get_expert_model_parallel_group()
+    groups: Any = ProcessGroupCollection()
+    for name in ("tp", "pp", "cp", "ep", "mp", "expt_dp", "tp_ep_pp"):
+        setattr(groups, name, alone)
+    for name in ("dp", "dp_cp", "intra_dist_opt"):
+        setattr(groups, name, world_group())
+    return groups

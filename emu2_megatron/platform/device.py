@@ -1,0 +1,37 @@
+"""The device a run uses, chosen once, when this module is first imported: CUDA where there is one, else the CPU.
+
+Every package that touches megatron-core imports this module in its `__init__`, so that on a CPU-only machine the
+redirection of `cuda_on_cpu` is in place before megatron-core is loaded.
+"""
+
+import os
+
+import torch
+
+from emu2_megatron.platform import cuda_on_cpu
+
+IS_CUDA = torch.cuda.is_available()
+BACKEND = "nccl" if IS_CUDA else "gloo"
+"""torch.distributed's backend for this device."""
+
+if not IS_CUDA:
+    cuda_on_cpu.apply()
+
+
+def device() -> torch.device:
+    """The device of this rank: `cuda:LOCAL_RANK`, or the CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if IS_CUDA else torch.device("cpu")
+
+
+def activate() -> torch.device:
+    """Make `device()` the current one, before any process group or tensor; returns it."""
+    here = device()
+    if IS_CUDA:
+        torch.cuda.set_device(here)
+    return here
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a clock read next tells the truth."""
+    if IS_CUDA:
+        torch.cuda.synchronize()

@@ -1,0 +1,83 @@
+"""From a validated configuration to running ranks."""
+
+import os
+from pathlib import Path
+
+import psutil
+import torch
+
+from emu2_megatron.config.loading import to_yaml
+from emu2_megatron.config.schema import Config
+from emu2_megatron.errors import ConfigError, Emu2Error
+
+
+def train(config: Config, nproc_per_node: int | None = None) -> None:
+    """Train: as one rank of torchrun's world if there is one, else with as many processes as the layout needs.
+
+    Raises:
+        ConfigError: this machine cannot hold the processes or the model.
+        Emu2Error: a rank failed.
+    """
+    if "RANK" in os.environ:
+        _run(config)
+        return
+    parallel = config.parallel
+    replica = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
+    processes = nproc_per_node or replica * (parallel.data_parallel_size or 1)
+    _check_machine(config, processes)
+    if processes == 1:
+        _run(config)
+    else:
+        _launch(config, processes, replica)
+
+
+def _run(config: Config) -> None:
+    from emu2_megatron.training import loop
+
+    loop.run(config)
+
+
+def _check_machine(config: Config, processes: int) -> None:
+    if torch.cuda.is_available():
+        if processes > torch.cuda.device_count():
+            raise ConfigError(
+                f"parallel: {processes} ranks wanted, this machine has {torch.cuda.device_count()} GPUs; on several "
+                "machines start `emu2 train` under torchrun or srun"
+            )
+        return
+    from emu2_megatron.model.parameters import released_shapes
+
+    # Weights, gradients and Adam's state in fp32, the decoder's shared out over replicas, the encoder on every rank.
+    shapes = released_shapes(config.model)
+    numbers = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+    encoder = sum(n for name, n in numbers.items() if name.startswith("visual."))
+    replicas = processes / (config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size)
+    needed = 16 * (sum(numbers.values()) - encoder) * replicas + 4 * encoder * processes
+    memory = psutil.virtual_memory().total
+    if needed > memory:
+        raise ConfigError(
+            f"model.preset: {config.model.preset} needs about {needed / 2**30:.0f} GiB on {processes} CPU processes, "
+            f"this machine has {memory / 2**30:.0f} GiB and no GPU; try model.preset=emu2_tiny, or a cluster"
+        )
+
+
+def _launch(config: Config, processes: int, replica: int) -> None:
+    """Start torchrun on this machine; the ranks read the resolved configuration."""
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    folder = Path(config.logging.directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    resolved = folder / "config.yaml"
+    resolved.write_text(to_yaml(config))
+    print(f"starting {processes} processes: TP{config.parallel.tensor_parallel_size} x "
+          f"PP{config.parallel.pipeline_parallel_size} x DP{processes // replica}", flush=True)  # fmt: skip
+    # A torch thread pool in every process would fight over the cores.
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    arguments = ["--standalone", f"--nproc-per-node={processes}", "-m", "emu2_megatron.cli"]
+    try:
+        run.main([*arguments, "train", "--config", str(resolved)])
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise Emu2Error(f"rank {rank} failed with exit code {failure.exitcode}; its message is above") from None

@@ -1,0 +1,78 @@
+"""Turns steps into log records."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from emu2_megatron.config.schema import Config
+from emu2_megatron.parallel import topology
+from emu2_megatron.parallel.wrap import PARTS
+from emu2_megatron.platform.device import device
+from emu2_megatron.training.step import StepReport
+
+
+def mean_predictor_loss(moments: Tensor) -> float:
+    """Mean squared error of a model that predicts, for every dimension, the mean of all regressed embeddings.
+
+    Args:
+        moments: fp64 [2 E + 1] sum v | sum v² | count, over all ranks.
+    """
+    count = moments[-1].clamp(min=1)
+    mean_E, square_E = (moments[:-1] / count).chunk(2)
+    return float((square_E - mean_E.square()).mean())
+
+
+@dataclass
+class Meter:
+    """Collects the steps of one record. Losses of several steps are averaged over targets, not over steps."""
+
+    config: Config
+    _started: float = field(default_factory=time.perf_counter)
+    _steps: int = 0
+    _sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    _counts: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.int64))
+    _moments: Tensor | float = 0.0
+    _seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, report: StepReport) -> None:
+        """Take in one step."""
+        output = report.output
+        counts = output.counts.cpu()
+        self._steps += 1
+        self._sums += torch.tensor([report.text_loss, report.image_loss]).double() * counts[:2]
+        self._counts += counts
+        self._moments = self._moments + output.moments
+        for phase, seconds in output.seconds.items():
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
+
+    def record(self, step: int, report: StepReport, skipped: int) -> dict[str, Any]:
+        """Everything worth logging since the last record; called by all ranks together.
+
+        Args:
+            step: updates done.
+            report: the latest step.
+            skipped: samples this rank has skipped since the run began.
+        """
+        assert isinstance(self._moments, Tensor)
+        shared = torch.cat([self._moments, self._moments.new_tensor([skipped])]).to(device())
+        dist.all_reduce(shared, group=topology.world_group())
+        elapsed = time.perf_counter() - self._started
+        losses = self._sums / self._counts[:2].clamp(min=1)
+        pictures, sequences = (int(n) for n in self._counts[2:])
+        return {
+            "step": step,
+            "text_loss": float(losses[0]),
+            "image_loss": float(losses[1]),
+            "mean_predictor_image_loss": mean_predictor_loss(shared[:-1]),
+            "grad_norm": report.grad_norm,
+            **{f"lr_{part}": getattr(self.config.optimizer, f"{part}_lr") * report.lr_factor for part in PARTS},
+            "tokens_per_second": sequences * self.config.data.sequence_length / elapsed,
+            "images_per_second": pictures / elapsed,
+            "step_seconds": elapsed / self._steps,
+            **{f"{phase}_seconds": seconds / self._steps for phase, seconds in self._seconds.items()},
+            "skipped_samples": int(shared[-1]),
+        }

@@ -1,0 +1,93 @@
+"""Where log records go: a JSONL file, TensorBoard, and the console. Only rank 0 writes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from emu2_megatron.config.schema import Config
+
+PHASES = ("load", "exchange", "encode", "decode", "encoder_backward", "update")
+"""Phases of a step in the order they happen, as `<phase>_seconds` of a record."""
+
+
+class Writers:
+    """Writes every record everywhere.
+
+    Args:
+        config: the run; says where files go and how long the run is.
+    """
+
+    def __init__(self, config: Config) -> None:
+        folder = Path(config.logging.directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.jsonl = (folder / "log.jsonl").open("w", buffering=1)
+        self.tensorboard = None
+        if config.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(str(folder))
+        self.console = Console()
+        self.progress = Progress(
+            TextColumn("[bold]training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[line]}"), console=self.console, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self.task = self.progress.add_task("training", total=config.training.steps, line="")
+        self.records: list[dict[str, Any]] = []
+        self.progress.start()
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+        self.progress.update(self.task, completed=step)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Log one record."""
+        self.records.append(record)
+        self.jsonl.write(json.dumps(record) + "\n")
+        if self.tensorboard is not None:
+            for name, value in record.items():
+                self.tensorboard.add_scalar(name, value, record["step"])
+        line = _line(record)
+        self.progress.update(self.task, line=line)
+        if not self.console.is_terminal:
+            # Plain print: a log file needs no wrapping at a terminal's width.
+            print(line, flush=True)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self.progress.stop()
+        self.jsonl.close()
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+
+    def summary(self, rows: dict[str, str]) -> None:
+        """Print what the run came to: first and last record side by side, then `rows`."""
+        first, last = self.records[0], self.records[-1]
+        table = Table("", f"step {first['step']}", f"step {last['step']}", title="Summary")
+        for label, name in (
+            ("text loss", "text_loss"),
+            ("image loss", "image_loss"),
+            ("  of predicting the mean", "mean_predictor_image_loss"),
+            ("gradient norm", "grad_norm"),
+            ("tokens/s", "tokens_per_second"),
+            ("images/s", "images_per_second"),
+            ("seconds a step", "step_seconds"),
+            *((f"  {phase.replace('_', ' ')}", f"{phase}_seconds") for phase in PHASES),
+        ):
+            table.add_row(label, f"{first[name]:.4g}", f"{last[name]:.4g}")
+        self.console.print(table)
+        for label, text in rows.items():
+            print(f"{label}: {text}", flush=True)
+
+
+def _line(record: dict[str, Any]) -> str:
+    """One line that a person can follow."""
+    phases = " ".join(f"{phase.replace('_', ' ')} {record[f'{phase}_seconds'] * 1e3:.0f}" for phase in PHASES)
+    return (
+        f"step {record['step']:>6} | text {record['text_loss']:.4f} | image {record['image_loss']:.4f} "
+        f"(mean {record['mean_predictor_image_loss']:.4f}) | norm {record['grad_norm']:.3f} | "
+        f"{record['tokens_per_second']:.0f} tokens/s {record['images_per_second']:.1f} images/s | ms: {phases}"
+    )

@@ -1,0 +1,258 @@
+"""One illegal configuration at least for every rule, and legal neighbours that pass."""
+
+from dataclasses import replace
+
+import pytest
+
+from emu2_megatron.config import describe, validate
+from emu2_megatron.config.loading import load
+from emu2_megatron.config.presets import PRESETS
+from emu2_megatron.config.schema import Config, DataConfig
+from emu2_megatron.errors import ConfigError
+
+DATA = DataConfig(shards=("shards/*.tar",), tokenizer="tokenizer.model")
+TINY = Config(model=PRESETS["emu2_tiny"], data=DATA)
+LARGE = Config(data=DATA)
+
+
+def changed(config: Config, **values) -> Config:
+    """The configuration with `section__field=value` changed."""
+    for key, value in values.items():
+        config = _set(config, key.split("__"), value)
+    return config
+
+
+def _set(node, path, value):
+    head, *rest = path
+    return replace(node, **{head: _set(getattr(node, head), rest, value) if rest else value})
+
+
+def error_of(config: Config, world_size: int | None = None) -> str:
+    with pytest.raises(ConfigError) as caught:
+        validate.validate(config, world_size)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_legal(preset):
+    assert validate.validate(Config(model=PRESETS[preset], data=DATA), None) == 1
+
+
+def test_recipes_are_legal():
+    given = ["data.shards=[a.tar]", "data.tokenizer=t.model"]
+    assert validate.validate(load("tiny_interleaved"), None) == 2
+    assert validate.validate(load("stage2", given), 128) == 8
+    assert error_of(load("stage2")).startswith("data.shards: []")
+
+
+NUMBERS = [entry.key for entry in describe.describe() if entry.type.split()[0] in ("int", "float")]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_no_number_may_be_negative_or_not_a_number(key):
+    for value in (-1, float("nan"), float("inf"), float("-inf")):
+        assert error_of(changed(TINY, **{key.replace(".", "__"): value})).startswith(f"{key}: {value}; legal: ")
+
+
+MAY_BE_ZERO = {
+    "data.image_first_probability",
+    "training.text_loss_weight",
+    "training.image_loss_weight",
+    "training.seed",
+    "optimizer.adam_beta1",
+    "optimizer.adam_beta2",
+    "optimizer.weight_decay",
+    "optimizer.clip_grad",
+    "optimizer.min_lr_ratio",
+    "optimizer.warmup_steps",
+    "optimizer.warmup_ratio",
+    "checkpoint.every",
+}
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_zero(key):
+    config = changed(TINY, **{key.replace(".", "__"): 0})
+    if key in MAY_BE_ZERO:
+        assert validate.validate(config, None) == 1
+    else:
+        assert error_of(config) == f"{key}: 0; legal: more than 0"
+
+
+@pytest.mark.parametrize(
+    ("key", "legal", "illegal"),
+    [
+        ("data__image_first_probability", 1.0, 1.01),
+        ("optimizer__min_lr_ratio", 1.0, 1.01),
+        ("optimizer__warmup_ratio", 1.0, 1.01),
+        ("optimizer__adam_beta1", 0.999, 1.0),
+        ("optimizer__adam_beta2", 0.999, 1.0),
+        ("training__precision", "fp32", "fp16"),
+        ("optimizer__lr_schedule", "constant", "cosin"),
+        ("optimizer__warmup_steps", 20350, 20351),
+        ("parallel__tensor_parallel_size", 4, 3),
+        ("parallel__pipeline_parallel_size", 2, 3),
+        ("model__encoder__num_attention_heads", 7, 5),
+        ("model__decoder__num_attention_heads", 8, 3),
+        ("model__decoder__num_attention_heads", 64, 128),  # 2 and 1 wide
+        ("model__image_queries", 16, 8),
+        ("model__image_queries", 1, 9),  # a square, but 3 does not divide the grid's 4
+        ("model__frame_queries", 16, 64),
+        ("data__sequence_length", 2048, 2049),
+        ("data__sequence_length", 8, 7),
+    ],
+)
+def test_legal_neighbours(key, legal, illegal):
+    assert validate.validate(changed(TINY, **{key: legal}), None) == 1
+    assert error_of(changed(TINY, **{key: illegal})).startswith(f"{key.replace('__', '.')}: {illegal}; ")
+
+
+def test_messages_name_the_tables():
+    assert error_of(changed(TINY, training__precision="fp16")) == "training.precision: fp16; legal: bf16, fp32"
+    assert error_of(changed(TINY, optimizer__lr_schedule="")).endswith("legal: cosine, linear, constant")
+
+
+def test_the_tables_are_those_the_engine_knows():
+    from emu2_megatron.model.decoder import DTYPES
+    from emu2_megatron.training.schedules import DECAYS
+
+    assert set(validate.PRECISIONS) == set(DTYPES)
+    assert set(validate.LR_SCHEDULES) == set(DECAYS)
+
+
+def test_tensor_parallel_sizes_of_the_large_model():
+    assert error_of(changed(LARGE, parallel__tensor_parallel_size=8)) == (
+        "parallel.tensor_parallel_size: 8; must divide model.decoder.num_attention_heads 52 and ffn_hidden_size 17920, "
+        "legal: 1, 2, 4"
+    )
+    # 13 divides the heads and not the MLP; with an MLP that 52 divides, all divisors of the heads are legal.
+    assert "legal: 1, 2, 4" in error_of(changed(LARGE, parallel__tensor_parallel_size=13))
+    wider = changed(LARGE, model__decoder__ffn_hidden_size=52 * 345)
+    assert validate.tensor_parallel_sizes(wider) == [1, 2, 4, 13, 26, 52]
+    assert validate.validate(changed(wider, parallel__tensor_parallel_size=13), 13) == 1
+
+
+def test_pipeline_parallel_sizes_of_the_large_model():
+    assert error_of(changed(LARGE, parallel__pipeline_parallel_size=8)) == (
+        "parallel.pipeline_parallel_size: 8; must divide model.decoder.num_layers 60, legal: "
+        "1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60; or share them out by parallel.pipeline_layout"
+    )
+    uneven = (7, 7, 7, 7, 8, 8, 8, 8)
+    config = changed(LARGE, parallel__pipeline_parallel_size=8, parallel__pipeline_layout=uneven)
+    assert validate.validate(config, 16) == 2
+
+
+@pytest.mark.parametrize("layout", [(), (4,), (1, 1, 2), (2, 1), (4, 0), (5, -1)])
+def test_pipeline_layout(layout):
+    config = changed(TINY, parallel__pipeline_parallel_size=2, parallel__pipeline_layout=layout)
+    listed = ", ".join(map(str, layout))
+    assert error_of(config) == (
+        f"parallel.pipeline_layout: [{listed}]; legal: 2 numbers (pipeline_parallel_size), each 1 or more, that add up "
+        "to model.decoder.num_layers 4; or null"
+    )
+    assert validate.validate(changed(config, parallel__pipeline_layout=(1, 3)), None) == 1
+
+
+def test_world_size():
+    config = changed(TINY, parallel__tensor_parallel_size=2, parallel__pipeline_parallel_size=2)
+    assert validate.validate(config, None) == 1
+    assert [validate.validate(config, world) for world in (4, 8, 16)] == [1, 2, 4]
+    for world in (0, 1, 6):
+        assert error_of(config, world) == (
+            f"parallel: {world} processes; tensor_parallel_size 2 x pipeline_parallel_size 2, legal: a multiple of 4 "
+            "processes"
+        )
+
+
+def test_data_parallel_size_and_world_size():
+    config = changed(TINY, parallel__tensor_parallel_size=2, parallel__data_parallel_size=2)
+    assert validate.validate(config, None) == 2
+    assert validate.validate(config, 4) == 2
+    assert error_of(config, 8) == (
+        "parallel.data_parallel_size: 2; tensor_parallel_size 2 x pipeline_parallel_size 1 makes that 4 processes and "
+        "there are 8, legal: 4 or null"
+    )
+    assert validate.validate(changed(config, parallel__data_parallel_size=None), 8) == 4
+
+
+def test_global_batch_size():
+    config = changed(TINY, training__micro_batch_size=3, training__global_batch_size=12)
+    assert validate.validate(config, 4) == 4
+    assert error_of(config, 8) == (
+        "training.global_batch_size: 12; must be a multiple of micro_batch_size 3 x data-parallel size 8 = 24, nearest "
+        "legal: 24"
+    )
+    assert error_of(changed(config, training__global_batch_size=30), 8).endswith("nearest legal: 24, 48")
+
+
+def test_warmup_is_given_one_way():
+    assert validate.validate(changed(TINY, optimizer__warmup_steps=10), None) == 1
+    assert validate.validate(changed(TINY, optimizer__warmup_ratio=0.1), None) == 1
+    both = changed(TINY, optimizer__warmup_steps=10, optimizer__warmup_ratio=0.1)
+    assert error_of(both) == (
+        "optimizer.warmup_steps: 10; given together with warmup_ratio 0.1; set one of them to null"
+    )
+
+
+def test_one_loss_has_to_count():
+    for key in ("training__text_loss_weight", "training__image_loss_weight"):
+        assert validate.validate(changed(TINY, **{key: 0.0}), None) == 1
+    neither = changed(TINY, training__text_loss_weight=0.0, training__image_loss_weight=0.0)
+    assert error_of(neither).startswith("training.text_loss_weight: 0.0; ")
+
+
+def test_messages_about_the_picture():
+    assert validate.validate(changed(TINY, model__encoder__image_size=112), None) == 1
+    assert error_of(changed(TINY, model__encoder__image_size=57)) == (
+        "model.encoder.patch_size: 14; must divide model.encoder.image_size 57, legal: 1, 3, 19, 57"
+    )
+    assert error_of(changed(LARGE, model__image_queries=100)) == (
+        "model.image_queries: 100; must be a square whose side divides the patch grid's, legal: 1, 4, 16, 64, 256, 1024"
+    )
+    assert error_of(changed(LARGE, data__sequence_length=67)) == (
+        "data.sequence_length: 67; too short for one picture; legal: 68 or more (its visual embeddings and 4 tokens "
+        "around them)"
+    )
+    assert validate.validate(changed(LARGE, data__sequence_length=68), None) == 1
+    # A frame is a picture too.
+    assert "legal: 260 or more" in error_of(changed(LARGE, data__sequence_length=68, model__frame_queries=256))
+
+
+def test_odd_heads_cannot_be_rotated():
+    config = changed(TINY, model__decoder__hidden_size=20, model__decoder__num_attention_heads=4)
+    assert "num_attention_heads = 5 wide; legal: an even width" in error_of(config)
+    assert validate.validate(changed(config, model__decoder__hidden_size=24), None) == 1
+
+
+def test_data_has_to_be_given():
+    assert error_of(changed(TINY, data__shards=())) == (
+        "data.shards: []; give tar shards, `python tools/make_shards.py --help` makes them"
+    )
+    assert error_of(changed(TINY, data__tokenizer="")) == (
+        "data.tokenizer: ''; give the path of a SentencePiece tokenizer.model"
+    )
+
+
+def test_files(tmp_path):
+    (tmp_path / "a.tar").touch()
+    (tmp_path / "[b].tar").touch()
+    (tmp_path / "tokenizer.model").touch()
+
+    def config(pattern, tokenizer="tokenizer.model"):
+        return changed(TINY, data__shards=(str(tmp_path / pattern),), data__tokenizer=str(tmp_path / tokenizer))
+
+    for pattern in ("a.tar", "*.tar", "**/*.tar", "[b].tar"):
+        validate.validate_files(config(pattern))
+    for bad, said in [
+        (config("c*.tar"), f"data.shards: {tmp_path}/c*.tar matches no file; give tar shards, `python tools/make_sh"),
+        (config("a.tar", "nowhere"), f"data.tokenizer: {tmp_path}/nowhere is not a file; give the path of a Sentence"),
+        (config("a.tar", ""), f"data.tokenizer: {tmp_path} is not a file"),
+    ]:
+        with pytest.raises(ConfigError) as caught:
+            validate.validate_files(bad)
+        assert str(caught.value).startswith(said)
+
+
+def test_rules_name_real_keys():
+    assert {rule.key for rule in validate.RULES} <= {entry.key for entry in describe.describe()}

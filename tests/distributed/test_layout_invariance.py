@@ -1,0 +1,232 @@
+"""Every layout computes what one process computes: losses, gradients, updated weights.
+
+The oracle is `tests/oracle.py` in float64: plain autograd through encoder and decoder, no parallelism, no phases, no
+megatron-core. Both start from `initial_value(seed, name)`, so a parameter that a layout fills differently shows too.
+"""
+
+from typing import Any
+
+import harness
+import numpy as np
+import oracle
+import pytest
+import torch
+from harness import MODEL
+from torch import Tensor
+
+from emu2_megatron.config.schema import Config
+from emu2_megatron.data.sequence import VISUAL, PackedSequence
+from emu2_megatron.model import parameters
+from emu2_megatron.parallel import topology, wrap
+from emu2_megatron.training.schedules import lr_factor
+from emu2_megatron.training.step import train_step
+
+# fp32 against float64: sums of a few thousand fp32 terms are good to 1e-6; three Adam steps, which divide small
+# gradients by their own root mean square, may lose two more digits in a parameter's norm.
+LOSS_TOLERANCE, NORM_TOLERANCE = 1e-5, 1e-4
+
+SIZES = oracle.Sizes(
+    encoder_heads=MODEL.encoder.num_attention_heads,
+    decoder_heads=MODEL.decoder.num_attention_heads,
+    patch_size=MODEL.encoder.patch_size,
+)
+MIXED = [[0, 1, 2, 3, 1, 0, 2, 1], [2, 0, 0, 1, 3, 1, 0, 1], [1, 1, 1, 1, 0, 2, 2, 0]]
+"""Pictures of every sequence, for three steps."""
+
+
+def worker(_rank: int, config: Config, batches: list[list[PackedSequence]]) -> dict[str, Any]:
+    """Gradients of the first batch, then one update per batch; this rank's part of gradients and final weights."""
+    here = topology.initialize(config)
+    engine = wrap.build(config, here)
+    mine = here.slots(config.training.global_batch_size)
+
+    engine.step([batches[0][i] for i in mine], force_all_reduce=True)
+    gradients = _local(engine, "main_grad")
+    reports = [train_step(engine, config, [batch[i] for i in mine], step) for step, batch in enumerate(batches)]
+    return {
+        "place": [here.pp_rank, here.tp_rank, here.dp_rank, engine.first_layer],
+        "losses": [[report.text_loss, report.image_loss, report.grad_norm] for report in reports],
+        "gradients": gradients,
+        "weights": _local(engine, "data"),
+    }
+
+
+def _local(engine: wrap.Engine, attribute: str) -> dict[str, dict[str, Tensor]]:
+    return {
+        part: {
+            name: getattr(parameter, attribute).clone()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+        for part, module in (("encoder", engine.encoder), ("stage", engine.stage))
+    }
+
+
+def whole(results: list[dict[str, Any]], what: str) -> dict[str, Tensor]:
+    """Released tensors put together from all ranks; parts that several ranks hold must be the same on all of them."""
+    copies: dict[str, Tensor] = {}
+    for dp_rank in sorted({r["place"][2] for r in results}):
+        for pp_rank in sorted({r["place"][0] for r in results}):
+            ranks = [r for r in results if r["place"][0] == pp_rank and r["place"][2] == dp_rank]
+            ranks.sort(key=lambda r: r["place"][1])
+            joined = parameters.join_stage(MODEL, [r[what]["stage"] for r in ranks], ranks[0]["place"][3])
+            for r in ranks:
+                joined |= {"visual." + name: tensor for name, tensor in r[what]["encoder"].items()}
+                for name, tensor in joined.items():
+                    assert torch.equal(copies.setdefault(name, tensor), tensor), f"{name} differs between ranks"
+    return copies
+
+
+def reference(config: Config, batches: list[list[PackedSequence]]) -> dict[str, Any]:
+    """The same run by the oracle: gradients of the first batch, losses and norms of all, final weights."""
+    source = parameters.fresh(MODEL, config.training.seed, torch.device("cpu"))
+    weights = {name: source(name).double() for name in parameters.released_shapes(MODEL)}
+    trained = [name for name in weights if config.training.train_encoder or not name.startswith("visual.")]
+    optimizer = config.optimizer
+    rate = {name: _peak(optimizer, name) for name in trained}
+    state: dict[str, Any] = {}
+    losses, first = [], {}
+    for step, sequences in enumerate(batches):
+        leaves = {name: tensor.clone().requires_grad_(name in trained) for name, tensor in weights.items()}
+        text, image = oracle_losses(leaves, sequences)
+        total = config.training.text_loss_weight * text + config.training.image_loss_weight * image
+        grads = torch.autograd.grad(total, [leaves[n] for n in trained], allow_unused=True, materialize_grads=True)
+        gradients = dict(zip(trained, grads, strict=True))
+        first = first or gradients
+        factor = lr_factor(optimizer, step, config.training.steps)
+        norm = oracle.adamw_step(
+            {name: weights[name] for name in trained},
+            gradients,
+            state,
+            step + 1,
+            {name: lr * factor for name, lr in rate.items()},
+            (optimizer.adam_beta1, optimizer.adam_beta2),
+            optimizer.adam_eps,
+            optimizer.weight_decay,
+            optimizer.clip_grad,
+        )
+        losses.append([text.item(), image.item(), float(norm)])
+    return {"gradients": first, "losses": losses, "weights": {name: weights[name] for name in trained}}
+
+
+def oracle_losses(weights: dict[str, Tensor], sequences: list[PackedSequence]) -> tuple[Tensor, Tensor]:
+    """Text and image loss of a whole global batch, by plain autograd."""
+    width = MODEL.encoder.hidden_size
+    pictures = [picture for sequence in sequences for picture in sequence.pixels]
+    features_RE = torch.zeros(0, width, dtype=torch.float64)
+    if pictures:
+        mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], dtype=torch.float64)[:, None, None]
+        std = torch.tensor([0.26862954, 0.26130258, 0.27577711], dtype=torch.float64)[:, None, None]
+        pixels = (torch.from_numpy(np.stack(pictures)).double() / 255 - mean) / std
+        features_RE = oracle.pool(oracle.encode(weights, SIZES, pixels), harness.QUERIES).flatten(0, 1)
+    tokens, roles = (torch.from_numpy(np.stack([getattr(s, f) for s in sequences])) for f in ("tokens_S", "roles_S"))
+    result = oracle.losses(weights, SIZES, tokens, roles, features_RE)
+    return result["text"], result["image"]
+
+
+def _peak(optimizer: Any, name: str) -> float:
+    part = "encoder" if name.startswith("visual.") else "projection" if name.startswith("project") else "decoder"
+    return float(getattr(optimizer, f"{part}_lr"))
+
+
+_references: dict[Any, dict[str, Any]] = {}
+
+
+def check(world_size: int, config: Config, pictures: list[list[int]], text: bool = True) -> None:
+    """Run a layout and compare everything with the oracle."""
+    batches = [harness.batch(counts, seed, text) for seed, counts in enumerate(pictures)]
+    key = (config.training.train_encoder, str(pictures), text)
+    expected = _references.get(key) or _references.setdefault(key, reference(config, batches))
+    results = harness.run(world_size, worker, config, batches)
+
+    for result in results:
+        for step, (losses, wanted) in enumerate(zip(result["losses"], expected["losses"], strict=True)):
+            assert losses == pytest.approx(wanted, rel=LOSS_TOLERANCE, abs=1e-12), f"step {step}: losses, norm"
+    for what in ("gradients", "weights"):
+        got = whole(results, what)
+        assert got.keys() == expected[what].keys()
+        for name, wanted in expected[what].items():
+            error = (got[name].double() - wanted).norm() / wanted.norm().clamp(min=1e-12)
+            assert error < NORM_TOLERANCE, f"{what} of {name}: relative error {error:.2e}"
+
+
+LAYOUTS = {
+    "one process": (1, {}),
+    "TP2": (2, {"tp": 2}),
+    "PP2": (2, {"pp": 2}),
+    "PP4": (4, {"pp": 4}),
+    "PP2 uneven": (2, {"pp": 2, "layout": (3, 1)}),
+    "DP2": (2, {}),
+    "DP4": (4, {}),
+    "TP2 PP2": (4, {"tp": 2, "pp": 2}),
+    "TP2 PP2 DP2": (8, {"tp": 2, "pp": 2}),
+}
+
+
+@pytest.mark.parametrize("train_encoder", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts(name: str, train_encoder: bool) -> None:
+    world_size, layout = LAYOUTS[name]
+    check(world_size, harness.config(**layout, train_encoder=train_encoder), MIXED)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4, 8])
+def test_micro_batch_sizes(micro_batch_size: int) -> None:
+    check(1, harness.config(train_encoder=True, micro_batch_size=micro_batch_size), MIXED)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4])
+def test_micro_batch_sizes_in_a_pipeline(micro_batch_size: int) -> None:
+    check(2, harness.config(pp=2, train_encoder=True, micro_batch_size=micro_batch_size), MIXED)
+
+
+def test_kept_activations() -> None:
+    check(4, harness.config(tp=2, pp=2, train_encoder=True, encoder_keep_activations=True), MIXED)
+
+
+def test_encoder_chunks_of_one_picture() -> None:
+    check(2, harness.config(pp=2, train_encoder=True, encoder_micro_batch_size=1), MIXED)
+
+
+@pytest.mark.parametrize("train_encoder", [False, True], ids=["frozen", "trained"])
+def test_no_picture_at_all(train_encoder: bool) -> None:
+    check(4, harness.config(tp=2, pp=2, train_encoder=train_encoder), [[0] * 8] * 2)
+
+
+@pytest.mark.parametrize("train_encoder", [False, True], ids=["frozen", "trained"])
+def test_pictures_on_one_rank_only(train_encoder: bool) -> None:
+    """PP2 DP2: rank 0 alone loads sequence 0, and its replica's other micro-batches are text only."""
+    check(4, harness.config(pp=2, train_encoder=train_encoder), [[3, 0, 0, 0, 0, 0, 0, 0]] * 2)
+
+
+def test_no_text_target() -> None:
+    check(2, harness.config(pp=2, train_encoder=True), [[1, 2, 0, 3, 1, 0, 0, 1]] * 2, text=False)
+
+
+def test_fewer_sequences_than_ranks() -> None:
+    """A replica of four ranks that shares out two sequences: two ranks load nothing."""
+    config = harness.config(tp=2, pp=2, train_encoder=True, micro_batch_size=1, global_batch_size=4)
+    check(8, config, [[1, 2, 0, 3]] * 2)
+
+
+def test_bf16_follows_fp32() -> None:
+    """bf16 keeps 8 bits of mantissa: a loss is good to about 2^-8, and three small steps do not change that."""
+    batches = [harness.batch(counts, seed) for seed, counts in enumerate(MIXED)]
+    expected = reference(harness.config(train_encoder=True), batches)
+    results = harness.run(4, worker, harness.config(tp=2, pp=2, train_encoder=True, precision="bf16"), batches)
+    for losses, wanted in zip(results[0]["losses"], expected["losses"], strict=True):
+        assert losses[:2] == pytest.approx(wanted[:2], rel=2**-7)
+    assert results[0]["weights"]["encoder"]["cls_token"].dtype == torch.bfloat16
+
+
+def test_the_harness_can_fail() -> None:
+    """A sign error in one rank's share must not pass: the oracle with one picture changed is another run."""
+    with pytest.raises(AssertionError):
+        batches = [harness.batch(counts, seed) for seed, counts in enumerate(MIXED)]
+        batches[0][1].pixels[0] = 255 - batches[0][1].pixels[0]
+        changed = reference(harness.config(train_encoder=True), batches)
+        _references[(True, str(MIXED[:1]), True)] = changed
+        check(1, harness.config(train_encoder=True), MIXED[:1])
+
+
+assert VISUAL == oracle.VISUAL

@@ -1,0 +1,16 @@
+"""One process as a world of one, for tests that build model parts without spawning."""
+
+from collections.abc import Iterator
+
+import harness
+import pytest
+
+from emu2_megatron.parallel import topology
+
+
+@pytest.fixture(scope="package")
+def world_of_one() -> Iterator[topology.Topology]:
+    """Process groups of a single rank."""
+    topology.start("gloo")
+    yield topology.initialize(harness.config())
+    topology.stop()

@@ -1,0 +1,102 @@
+"""The model equals the authors' own inference code (tests/golden): encoder, fusion, logits, regressed embeddings."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from emu2_megatron.config.schema import Config, DecoderConfig, EncoderConfig, ModelConfig, TrainingConfig
+from emu2_megatron.data.batch import targets
+from emu2_megatron.data.sequence import VISUAL
+from emu2_megatron.model import parameters
+from emu2_megatron.model.decoder import DecoderStage, MicroBatch, transformer_config
+from emu2_megatron.model.eva_vit import EvaVisionTransformer, pool
+from emu2_megatron.parallel.topology import Topology
+
+# fp32 against fp32 in another order of operations: 1e-7 a rounding, through a few hundred accumulated terms.
+TOLERANCE = 1e-5
+
+
+class Golden:
+    """One file of vectors, and the engine's model filled with its weights."""
+
+    def __init__(self, name: str) -> None:
+        path = Path(__file__).parents[1] / "golden" / f"emu2_{name}_tiny.safetensors"
+        with safe_open(str(path), "pt") as file:
+            self.meta = {key: json.loads(value) for key, value in file.metadata().items()}
+            self.tensors = {key: file.get_tensor(key) for key in file.keys()}
+        self.model = _model(self.meta)
+        source = {key.removeprefix("w."): value for key, value in self.tensors.items() if key.startswith("w.")}
+        config = Config(model=self.model, training=TrainingConfig(precision="fp32"))
+        layers = self.model.decoder.num_layers
+        self.encoder = EvaVisionTransformer(self.model.encoder)
+        parameters.fill_encoder(self.encoder, self.model, source.__getitem__)
+        self.stage = DecoderStage(transformer_config(config, [layers]), self.model, True, True, layers)
+        parameters.fill_decoder(self.stage, self.model, source.__getitem__, 0, 0, 1)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.tensors[key]
+
+
+def _model(meta: dict[str, Any]) -> ModelConfig:
+    return ModelConfig(
+        encoder=EncoderConfig(
+            image_size=meta["image_size"],
+            patch_size=meta["patch_size"],
+            num_layers=meta["vision_layers"],
+            hidden_size=meta["vision_width"],
+            num_attention_heads=meta["vision_heads"],
+            ffn_hidden_size=int(meta["vision_width"] * meta["mlp_ratio"]),
+        ),
+        decoder=DecoderConfig(
+            num_layers=meta["layers"],
+            hidden_size=meta["hidden_size"],
+            num_attention_heads=meta["heads"],
+            ffn_hidden_size=meta["intermediate_size"],
+            vocab_size=meta["vocab_size"],
+            layernorm_epsilon=meta["rms_norm_eps"],
+            rotary_base=meta["rope_theta"],
+        ),
+        image_queries=meta["n_query"],
+        frame_queries=meta["v_query"],
+    )
+
+
+@pytest.fixture(params=["base", "chat"])
+def golden(request: pytest.FixtureRequest, world_of_one: Topology) -> Golden:
+    return Golden(request.param)
+
+
+def close(got: Tensor, wanted: Tensor) -> None:
+    assert got.shape == wanted.shape
+    assert (got - wanted).abs().max() < TOLERANCE * wanted.abs().max()
+
+
+@torch.no_grad()
+def test_encoder(golden: Golden) -> None:
+    close(golden.encoder.hidden(golden["in.pixels"]), golden["out.encoder_hidden"])
+    images, frames = golden.model.image_queries, golden.model.frame_queries
+    close(pool(golden.encoder.hidden(golden["in.pixels"]), images), golden["out.features"])
+    # Pictures and frames in one call, each with its own number of embeddings.
+    rows = golden.encoder(torch.cat([golden["in.frames"], golden["in.pixels"]]), [frames] * 2 + [images] * 3)
+    close(rows[: 2 * frames], golden["out.frame_features"].flatten(0, 1))
+    close(rows[2 * frames :], golden["out.features"].flatten(0, 1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sequence", [0, 1, 2])
+def test_decoder(golden: Golden, sequence: int) -> None:
+    tokens_BS = golden[f"in.tokens.{sequence}"].view(1, -1).long()
+    visual = tokens_BS == golden.meta["special_tokens"]["<image>"]
+    pictures = {0: [0], 1: [1, 2], 2: []}[sequence]
+    features_RE = golden["out.features"][pictures].flatten(0, 1)
+    assert visual.sum() == len(features_RE)
+    batch = MicroBatch(tokens_BS, features_RE=features_RE, **vars(targets(tokens_BS, visual.byte() * VISUAL)))
+    hidden_SBD = golden.stage(batch)
+    close(hidden_SBD[:, 0], golden[f"out.hidden.{sequence}"].squeeze(0))
+    close(golden.stage.logits(hidden_SBD)[:, 0], golden[f"out.logits.{sequence}"].squeeze(0))
+    close(golden.stage.project_down(hidden_SBD)[:, 0], golden[f"out.regressed.{sequence}"].squeeze(0))

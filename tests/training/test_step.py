@@ -1,0 +1,39 @@
+"""A step that is not finite leaves the weights alone, on every rank, and says which step it was."""
+
+from typing import Any
+
+import harness
+import pytest
+import torch
+
+from emu2_megatron.config.schema import Config
+from emu2_megatron.errors import TrainingDiverged
+from emu2_megatron.parallel import topology, wrap
+from emu2_megatron.training.step import train_step
+
+
+def worker(_rank: int, config: Config, where: str) -> dict[str, Any]:
+    here = topology.initialize(config)
+    engine = wrap.build(config, here)
+    own = [harness.batch([1] * 8, 0)[i] for i in here.slots(8)]
+    train_step(engine, config, own, 0)
+    if where == "loss" and here.last_stage:
+        engine.stage.project_down.weight.data[0, 0] = float("nan")
+    if where == "gradient" and here.first_stage and here.dp_rank == 0:
+        # The loss stays finite, one replica's gradient does not.
+        engine.stage.project_up.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = {name: parameter.clone() for name, parameter in engine.stage.named_parameters()}
+    try:
+        train_step(engine, config, own, 1)
+        message = "did not raise"
+    except TrainingDiverged as error:
+        message = str(error)
+    same = all(torch.equal(p.nan_to_num(), before[n].nan_to_num()) for n, p in engine.stage.named_parameters())
+    return {"message": message, "weights unchanged": same}
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_not_finite(where: str) -> None:
+    for result in harness.run(4, worker, harness.config(pp=2), where):
+        assert result["message"].startswith("step 1: ") and "nan" in result["message"]
+        assert result["weights unchanged"]
