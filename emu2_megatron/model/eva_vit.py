@@ -1,8 +1,8 @@
 """The visual encoder: image tower of EVA-02-CLIP-E-plus (arXiv 2303.15389), as Emu2 uses it (arXiv 2312.13286).
 
 Every rank holds it whole and encodes its own pictures (ARCHITECTURE.md), so it is plain PyTorch. Parameter names are
-the released ones. It differs from a usual ViT: the LayerNorm comes *after* attention and MLP, inside the residual branch;
-keys have no bias; there is no final norm.
+the released ones. It differs from a usual ViT: the LayerNorm comes *after* attention and MLP, inside the residual
+branch; keys have no bias; there is no final norm.
 
 Shapes: I images, P = 1 + patches tokens (CLS first), E width, N heads, H head width, Q embeddings of a picture,
 R = rows of all pictures together.
