@@ -5,6 +5,7 @@ redirection of `cuda_on_cpu` is in place before megatron-core is loaded.
 """
 
 import os
+import warnings
 
 import torch
 
@@ -14,6 +15,10 @@ IS_CUDA = torch.cuda.is_available()
 BACKEND = "nccl" if IS_CUDA else "gloo"
 """torch.distributed's backend for this device."""
 
+# megatron-core tells every process at import what is not installed; `emu2 doctor` says it once, with the remedy.
+warnings.filterwarnings("ignore", module=r"megatron\.")
+# torch 2.13 renames collectives that megatron-core, and torch before it, know by their old names.
+warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
 if not IS_CUDA:
     cuda_on_cpu.apply()
 

@@ -1,0 +1,113 @@
+"""`emu2 train` as a user runs it: real processes, real pictures, real mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from emu2_megatron.config.loading import load
+from emu2_megatron.data.loader import Loader
+from emu2_megatron.data.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment["PYTHONPATH"] = str(ROOT)
+    return subprocess.run(
+        [sys.executable, *command], cwd=cwd or ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def emu2(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run("-m", "emu2_megatron.cli", *arguments)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    made = run("tools/make_shards.py", "--input", "examples/data", "--output", str(folder / "tar"))
+    assert made.returncode == 0, made.stderr
+    return folder / "tar"
+
+
+def test_two_processes(shards: Path, tmp_path: Path) -> None:
+    """A pipeline of two, trained encoder: every step logged everywhere, and a checkpoint that knows its place."""
+    overrides = [
+        f"data.shards=[{shards}/*.tar]", f"logging.directory={tmp_path}", "logging.every=2",
+        "parallel.tensor_parallel_size=1", "parallel.data_parallel_size=1", "training.train_encoder=true",
+        "training.steps=5", "training.global_batch_size=4", "training.micro_batch_size=2", "checkpoint.every=3",
+    ]  # fmt: skip
+    done = emu2("train", "--config", "tiny_interleaved", *overrides)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records] == [1, 2, 4, 5]
+    assert records[-1]["text_loss"] < records[0]["text_loss"] and records[-1]["image_loss"] < records[0]["image_loss"]
+    assert all(r["tokens_per_second"] > 0 and r["images_per_second"] > 0 and r["skipped_samples"] == 0 for r in records)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [e.step for e in events.Scalars("text_loss")] == [1, 2, 4, 5]
+    assert events.Scalars("image_loss")[-1].value == pytest.approx(records[-1]["image_loss"], rel=1e-6)
+    assert "Summary" in done.stdout and "encoder backward" in done.stdout
+
+    # The configuration beside the log is the whole run, and can be run again.
+    again = load(str(tmp_path / "config.yaml"))
+    assert again == load("tiny_interleaved", overrides)
+
+    saved = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert saved == ["step_00000003", "step_00000005"]
+    for name, steps in (("step_00000003", 3), ("step_00000005", 5)):
+        state = json.loads((tmp_path / "checkpoints" / name / "trainer.json").read_text())
+        with Loader(again, Tokenizer(again.data.tokenizer), range(4)) as loader:
+            for _ in range(steps):
+                next(loader)
+            assert state == {"step": steps, "cursors": [loader.state()[slot] for slot in range(4)]}
+
+
+WRONG = {
+    "unknown key": (["training.stepz=5"], "training.steps"),
+    "unknown section": (["optimiser.clip_grad=1"], "optimizer"),
+    "wrong type": (["training.steps=many"], "training.steps"),
+    "tensor parallel 8": (["model.preset=emu2_37b", "parallel.tensor_parallel_size=8"], "1, 2, 4"),
+    "pipeline 7": (["model.preset=emu2_37b", "parallel.pipeline_parallel_size=7"], "pipeline_layout"),
+    "layout that does not add up": (["parallel.pipeline_layout=[1,2]"], "parallel.pipeline_layout"),
+    "batch that cannot be shared out": (["training.global_batch_size=10"], "training.global_batch_size"),
+    "sequence too long": (["data.sequence_length=4096"], "max_position_embeddings"),
+    "unknown preset": (["model.preset=emu3"], "emu2_tiny"),
+    "unknown precision": (["training.precision=fp8"], "bf16"),
+    "two warm-ups": (["optimizer.warmup_steps=5"], "warmup_ratio 0.05"),
+    "picture of half patches": (["model.encoder.image_size=60"], "patch_size"),
+    "no shards": (["data.shards=[nowhere/*.tar]"], "make_shards"),
+    "no override": (["training.steps"], "="),
+    "wrong number of processes": (["--nproc-per-node", "6"], "6"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_configurations(name: str) -> None:
+    """Exit code 2 and one line that names the key and what would be legal; no process was started for it."""
+    arguments, helpful = WRONG[name]
+    done = emu2("train", "--config", "tiny_interleaved", *arguments)
+    assert done.returncode == 2
+    assert done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("emu2: ") and helpful in done.stderr
+
+
+def test_unknown_recipe() -> None:
+    done = emu2("train", "--config", "stage3")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "stage2" in done.stderr and "tiny_interleaved" in done.stderr
+
+
+def test_a_model_too_large_for_the_machine(shards: Path) -> None:
+    """The 37B model on this machine's CPU is refused before the first process starts, not by the kernel later."""
+    done = emu2(
+        "train", "--config", "stage2", f"data.shards=[{shards}/*.tar]", "data.tokenizer=examples/data/tokenizer.model"
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "GiB" in done.stderr or "GPUs" in done.stderr
