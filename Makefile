@@ -36,6 +36,7 @@ $(STAMP): pyproject.toml constraints-cpu.txt
 		$(PYTHON) -m venv --clear $(VENV); \
 		cp constraints-cpu.txt $(VENV)/constraints.txt; \
 	fi
+	@echo "installing into $(VENV), about a minute"
 	@$(PIP) install --editable '.[dev]' --constraint $(VENV)/constraints.txt
 	@touch $@
 
@@ -54,7 +55,7 @@ check: $(STAMP)  ## ruff, mypy and the fast tests
 	@$(VENV)/bin/pytest -q -m "not slow and not gpu"
 
 bench: $(STAMP)  ## every benchmark; each prints one ratio
-	@for file in benchmarks/[a-z]*.py; do $(VENV)/bin/python "$$file"; done
+	@for file in $(wildcard benchmarks/[a-z]*.py); do $(VENV)/bin/python "$$file"; done
 
 clean:  ## remove the environment, caches and builds; runs/ stays
 	@rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -65,14 +65,14 @@ def config(
 
 
 def sequence(generator: np.random.Generator, pictures: int, text: bool = True) -> PackedSequence:
-    """A row of random tokens with `pictures` random pictures; every visual token is a target, text only if asked."""
+    """A row of random tokens with `pictures` random pictures; the second is only to be looked at, not predicted."""
     tokens = generator.integers(0, 90, LENGTH)
     roles = np.full(LENGTH, TEXT_TARGET if text else 0, np.uint8)
     roles[0] = 0
     for i in range(pictures):
         start = 2 + 7 * i
         roles[start : start + QUERIES + 2] = 0
-        roles[start + 1 : start + 1 + QUERIES] = VISUAL | VISUAL_TARGET
+        roles[start + 1 : start + 1 + QUERIES] = VISUAL | (0 if i == 1 else VISUAL_TARGET)
     pixels = [generator.integers(0, 256, (3, 56, 56), dtype=np.uint8) for _ in range(pictures)]
     return PackedSequence(tokens, roles, pixels, [QUERIES] * pictures)
 

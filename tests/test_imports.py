@@ -107,9 +107,17 @@ def test_imports_go_one_way(file):
     assert backward_imports(file.read_text(encoding="utf-8"), module, file.name == "__init__.py") == []
 
 
+# Its unpickler refuses everything but the classes of a table of contents (tests/checkpoint/test_metadata.py).
+RESTRICTED = ROOT / "emu2_megatron" / "checkpoint" / "metadata.py"
+
+
 @pytest.mark.parametrize("file", ALL_FILES, ids=name_of)
 def test_nothing_unsafe_is_called(file):
-    assert unsafe(file.read_text(encoding="utf-8")) == []
+    found = unsafe(file.read_text(encoding="utf-8"))
+    if file == RESTRICTED:
+        assert len(found) == 1 and found[0].endswith("imports pickle")
+    else:
+        assert found == []
 
 
 @pytest.mark.parametrize(

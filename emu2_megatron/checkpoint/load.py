@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
 
+from emu2_megatron.checkpoint import metadata
 from emu2_megatron.checkpoint.save import TRAINER
 from emu2_megatron.checkpoint.state import sharded_weights
 from emu2_megatron.errors import CheckpointError
@@ -20,15 +23,27 @@ def load_weights(path: str | Path, engine: Engine) -> tuple[int, list[int]]:
         (updates done, samples consumed by every slot), as given to `save`.
 
     Raises:
-        CheckpointError: the folder is missing or incomplete.
+        CheckpointError: the folder is missing, incomplete or damaged, or its tensors are not this model's.
     """
-    trainer = Path(path) / TRAINER
-    if not trainer.is_file():
-        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {TRAINER}")
-    state = json.loads(trainer.read_text())
-    loaded = dist_checkpointing.load(sharded_weights(engine), str(path))
+    step, cursors = _trainer_state(Path(path))
+    metadata.check(Path(path))
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(sharded_weights(engine), str(path))
+    except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
+        raise CheckpointError(f"{path} cannot be loaded into this model: {error}") from error
     visual = "visual."
     engine.encoder.load_state_dict({k.removeprefix(visual): v for k, v in loaded.items() if k.startswith(visual)})
     engine.stage.load_state_dict({k: v for k, v in loaded.items() if not k.startswith(visual)})
     engine.optimizer.reload_model_params()
-    return state["step"], state["cursors"]
+    return step, cursors
+
+
+def _trainer_state(path: Path) -> tuple[int, list[int]]:
+    trainer = path / TRAINER
+    if not trainer.is_file():
+        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {TRAINER}")
+    try:
+        state = json.loads(trainer.read_text())
+        return int(state["step"]), [int(cursor) for cursor in state["cursors"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{trainer} is damaged: {error!r}") from error

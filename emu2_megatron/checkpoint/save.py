@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from torch.distributed.checkpoint.api import CheckpointException
 
 from emu2_megatron.checkpoint.state import sharded_weights
 from emu2_megatron.errors import CheckpointError
@@ -36,22 +38,34 @@ def save(directory: str | Path, engine: Engine, step: int, cursors: list[int]) -
     """
     final = folder(directory, step)
     unfinished = final.with_name(final.name + ".unfinished")
-    problem: list[str] = [""]
+
+    def prepare() -> None:
+        if final.exists():
+            raise FileExistsError(f"{final} is already there")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+
+    def finish() -> None:
+        (unfinished / TRAINER).write_text(json.dumps({"step": step, "cursors": cursors}))
+        unfinished.rename(final)
+
+    _on_rank_0(prepare, engine, step)
+    try:
+        dist_checkpointing.save(sharded_weights(engine), str(unfinished))
+    except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
+        raise CheckpointError(f"cannot save step {step}: {error}") from error
+    _on_rank_0(finish, engine, step)
+    return final
+
+
+def _on_rank_0(action: Callable[[], None], engine: Engine, step: int) -> None:
+    """Do something on rank 0 while the others wait; if it fails, it fails on all of them."""
+    problem = [""]
     if engine.here.rank == 0:
         try:
-            if final.exists():
-                raise FileExistsError(f"{final} is already there")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
+            action()
         except OSError as error:
             problem = [str(error)]
     dist.broadcast_object_list(problem, src=0)
     if problem[0]:
         raise CheckpointError(f"cannot save step {step}: {problem[0]}")
-    dist_checkpointing.save(sharded_weights(engine), str(unfinished))
-    dist.barrier()
-    if engine.here.rank == 0:
-        (unfinished / TRAINER).write_text(json.dumps({"step": step, "cursors": cursors}))
-        unfinished.rename(final)
-    dist.barrier()
-    return final

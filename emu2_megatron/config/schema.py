@@ -171,7 +171,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Saving weights, optimizer and place in the data."""
+    """Saving the weights and the place in the data (not yet the optimizer: a run cannot be resumed exactly)."""
 
     directory: str = ""
     """Where checkpoints go; empty means `checkpoints` below logging.directory."""

@@ -15,7 +15,7 @@ class Targets:
     text_labels_SB: Tensor
     """int64 [S, B] id that position s predicts, 0 where it predicts none."""
     text_mask_SB: Tensor
-    """fp32 [S, B] 1 where it predicts one."""
+    """int64 [S, B] 1 where it predicts one."""
     visual_positions_R: Tensor
     """int64 [R] flat position of every visual token."""
     predictor_positions_T: Tensor
@@ -32,8 +32,8 @@ def targets(tokens_BS: Tensor, roles_BS: Tensor) -> Targets:
     """
     B, S = tokens_BS.shape
     is_text_SB = (roles_BS & TEXT_TARGET).bool().T
-    mask_SB = torch.zeros(S, B)
-    mask_SB[:-1] = is_text_SB[1:].float()
+    mask_SB = torch.zeros(S, B, dtype=torch.long)
+    mask_SB[:-1] = is_text_SB[1:]
     labels_SB = torch.zeros(S, B, dtype=torch.long)
     labels_SB[:-1] = torch.where(is_text_SB[1:], tokens_BS.T[1:], 0)
 

@@ -1,6 +1,7 @@
 """Bytes of a picture to pixels, and pixels to what the encoder reads: Emu2's own preprocessing, step by step."""
 
 import io
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -43,6 +44,11 @@ def normalize(pixels_I3HW: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
     Runs on the pixels' device, in float32 before the cast.
     """
-    mean_311 = torch.tensor(CLIP_MEAN, device=pixels_I3HW.device).view(3, 1, 1)
-    std_311 = torch.tensor(CLIP_STD, device=pixels_I3HW.device).view(3, 1, 1)
+    mean_311, std_311 = _constants(pixels_I3HW.device)
     return ((pixels_I3HW.float() / 255 - mean_311) / std_311).to(dtype)
+
+
+@lru_cache  # making them anew would make a GPU wait
+def _constants(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    mean, std = torch.tensor([CLIP_MEAN, CLIP_STD], device=device).view(2, 3, 1, 1)
+    return mean, std

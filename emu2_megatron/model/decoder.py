@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from emu2_megatron.config.schema import Config, ModelConfig
+from emu2_megatron.data.batch import Targets
 from emu2_megatron.model.layer_specs import block_submodules
 from emu2_megatron.model.parameters import mark_tensor_parallel
 from emu2_megatron.ops.interleave import interleave
@@ -33,22 +34,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass
 class MicroBatch:
-    """What one forward pass of a stage needs to know; flat positions are `s * B + b`."""
+    """What one forward pass of a stage needs to know, on its device."""
 
     tokens_BS: Tensor
     """int64 [B, S] token ids."""
-    text_labels_SB: Tensor
-    """int64 [S, B]: the id that position s has to predict, or 0 where `text_mask_SB` is 0."""
-    text_mask_SB: Tensor
-    """fp32 [S, B]: 1 where position s predicts text."""
-    visual_positions_R: Tensor
-    """int64 [R]: where the visual embeddings go, in the order of `features_RE`."""
-    predictor_positions_T: Tensor
-    """int64 [T]: positions that predict a visual embedding."""
-    predicted_rows_T: Tensor
-    """int64 [T]: the row of `features_RE` each of them predicts."""
+    targets: Targets
+    """Who predicts what."""
     features_RE: Tensor
-    """[R, E] visual embeddings; on the first stage a leaf that collects gradients when the encoder is trained."""
+    """[R, E] visual embeddings in (b, s) order of their tokens; empty on stages between the first and the last."""
 
 
 def transformer_config(config: Config, stage_layers: list[int]) -> TransformerConfig:
@@ -152,7 +145,7 @@ class DecoderStage(MegatronModule):
         if self.pre_process:
             hidden_SBD = self.embedding(batch.tokens_BS, None)
             # Also without any picture: every parameter takes part in every backward pass, if only with zeros.
-            hidden_SBD = interleave(hidden_SBD, self.project_up(batch.features_RE), batch.visual_positions_R)
+            hidden_SBD = interleave(hidden_SBD, self.project_up(batch.features_RE), batch.targets.visual_positions_R)
         hidden: Tensor = self.decoder(
             hidden_states=hidden_SBD, attention_mask=None, rotary_pos_emb=self.rotary(batch.tokens_BS.shape[1])
         )
@@ -171,9 +164,11 @@ class DecoderStage(MegatronModule):
     def loss_sums(self, hidden_SBD: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Cross-entropy summed over text targets, squared error summed over regressed embeddings; fp32 scalars."""
         per_token_SB = tensor_parallel.vocab_parallel_cross_entropy(
-            self.logits(hidden_SBD).float(), batch.text_labels_SB
+            self.logits(hidden_SBD).float(), batch.targets.text_labels_SB
         )
-        text_sum = (per_token_SB * batch.text_mask_SB).sum()
-        predictors_TD = hidden_SBD.flatten(0, 1)[batch.predictor_positions_T]
-        square_sum = squared_error_sum(self.project_down(predictors_TD), batch.features_RE[batch.predicted_rows_T])
+        text_sum = (per_token_SB * batch.targets.text_mask_SB).sum()
+        predictors_TD = hidden_SBD.flatten(0, 1)[batch.targets.predictor_positions_T]
+        square_sum = squared_error_sum(
+            self.project_down(predictors_TD), batch.features_RE[batch.targets.predicted_rows_T]
+        )
         return text_sum, square_sum

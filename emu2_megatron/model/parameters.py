@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
 from emu2_megatron.config.schema import ModelConfig
@@ -139,13 +138,15 @@ def stage_parameters(stage: nn.Module, first_layer: int) -> Iterator[tuple[nn.Pa
 def mark_tensor_parallel(stage: nn.Module) -> None:
     """Tell megatron-core which parameters are cut over tensor-parallel ranks.
 
-    Its layers say so themselves only when they initialise their weights, which ours do not. Unmarked, a cut parameter
-    counts as a duplicate on all but the first rank and is missing from the gradient norm, without an error.
+    Whether its layers say so themselves depends on the version and on who initialises the weights. Unmarked, a cut
+    parameter counts as a duplicate on all but the first rank and is missing from the gradient norm, without an error.
     """
     for name, parameter in stage.named_parameters():
         rule, _ = rule_of(name, 0)
         if rule.dim is not None:
-            set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=rule.dim, stride=1)
+            marks = {"tensor_model_parallel": True, "partition_dim": rule.dim, "partition_stride": 1}
+            for mark, value in marks.items():
+                setattr(parameter, mark, value)
 
 
 def initial_value(name: str, shape: Sequence[int], std: float, seed: int, device: torch.device) -> Tensor:

@@ -19,13 +19,13 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
 
 from emu2_megatron.config.schema import Config
-from emu2_megatron.data.batch import targets
+from emu2_megatron.data.batch import Targets, targets
 from emu2_megatron.data.decode import normalize
-from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL_TARGET, PackedSequence
+from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL, VISUAL_TARGET, PackedSequence
 from emu2_megatron.model.decoder import DTYPES, DecoderStage, MicroBatch
 from emu2_megatron.parallel import exchange, topology
 from emu2_megatron.parallel.topology import Topology
-from emu2_megatron.platform.device import device, synchronize
+from emu2_megatron.platform.device import device, synchronize, to_device
 
 PHASES = ("exchange", "encode", "decode", "encoder_backward")
 """Names of the timed phases. Loading is timed by the loop."""
@@ -89,17 +89,23 @@ class ThreePhaseStep:
         rows = exchange.row_map(roles_NS, self.here.replica_size)
         clock.lap("exchange")
 
-        chunks = self._encode(own)
-        own_RE = torch.cat([chunk.detach() for _, _, chunk in chunks]) if chunks else self._no_rows()
+        encoded = self._encode(own)
+        own_RE = torch.cat([rows_RE.detach() for rows_RE in encoded]) if encoded else self._no_rows()
         gathered_RE = exchange.gather_rows(own_RE, rows.block, self.replica)
         clock.lap("encode")
 
-        batches = self._micro_batches(tokens_NS, roles_NS, rows, gathered_RE)
+        # One rank of the first stage collects: its tensor-parallel peers hold the same gradient.
+        collects = self.trains_encoder and self.here.first_stage and self.here.tp_rank == 0
+        grads_RE = torch.zeros_like(gathered_RE) if collects else None
+        batches = self._micro_batches(tokens_NS, roles_NS, rows, gathered_RE, grads_RE)
         sums = self._decode(batches, counts, force_all_reduce)
         clock.lap("decode")
 
         if self.trains_encoder:
-            self._encoder_backward(chunks, batches, rows, len(own_RE), force_all_reduce)
+            home_RE = exchange.return_rows(
+                torch.zeros_like(gathered_RE) if grads_RE is None else grads_RE, len(own_RE), self.replica
+            )
+            self._encoder_backward(own, encoded, home_RE, force_all_reduce)
         clock.lap("encoder_backward")
         text_loss, image_loss = (sums / self._denominators(counts)).float()
         return StepOutput(text_loss, image_loss, counts, _moments(own_RE, own), clock.seconds)
@@ -126,21 +132,21 @@ class ThreePhaseStep:
 
     # Phase 1 ------------------------------------------------------------------------------------------------------
 
-    def _encode(self, own: list[PackedSequence]) -> list[tuple[Tensor, list[int], Tensor]]:
-        """(pixels uint8 [I, 3, H, W], queries, rows [R, E]) of this rank's pictures, chunk by chunk."""
+    def _chunks(self, own: list[PackedSequence]) -> Iterator[tuple[Tensor, list[int]]]:
+        """This rank's pictures, uint8 [I, 3, H, W] on the CPU, and the embeddings wanted of each, chunk by chunk."""
         pixels = [torch.from_numpy(picture) for sequence in own for picture in sequence.pixels]
         queries = [q for sequence in own for q in sequence.queries]
         size = self.config.training.encoder_micro_batch_size
-        chunks = []
+        for start in range(0, len(pixels), size):
+            yield torch.stack(pixels[start : start + size]), queries[start : start + size]
+
+    def _encode(self, own: list[PackedSequence]) -> list[Tensor]:
+        """Visual embeddings [R, E] of each chunk; with their graph if activations are kept."""
         with torch.set_grad_enabled(self.keeps):
-            for start in range(0, len(pixels), size):
-                chunk = torch.stack(pixels[start : start + size]).to(device())
-                wanted = queries[start : start + size]
-                chunks.append((chunk, wanted, self._run_encoder(chunk, wanted)))
-        return chunks
+            return [self._run_encoder(*chunk) for chunk in self._chunks(own)]
 
     def _run_encoder(self, pixels: Tensor, queries: list[int]) -> Tensor:
-        rows_RE: Tensor = self.encoder(normalize(pixels, self.dtype), queries)
+        rows_RE: Tensor = self.encoder(normalize(to_device(pixels), self.dtype), queries)
         return rows_RE
 
     def _no_rows(self) -> Tensor:
@@ -149,36 +155,36 @@ class ThreePhaseStep:
     # Phase 2 ------------------------------------------------------------------------------------------------------
 
     def _micro_batches(
-        self, tokens_NS: Tensor, roles_NS: Tensor, rows: exchange.RowMap, gathered_RE: Tensor
-    ) -> list[tuple[MicroBatch, Tensor]]:
-        """Each micro-batch with the gathered rows its `features_RE` came from."""
+        self,
+        tokens_NS: Tensor,
+        roles_NS: Tensor,
+        rows: exchange.RowMap,
+        gathered_RE: Tensor,
+        grads_RE: Tensor | None,
+    ) -> Iterator[MicroBatch]:
+        """Micro-batches, each made when the schedule asks for it; gradients of its embeddings land in `grads_RE`."""
         size = self.config.training.micro_batch_size
-        batches = []
         for start in range(0, self.sequences, size):
-            tokens_BS, roles_BS = tokens_NS[start : start + size], roles_NS[start : start + size]
-            index_R = torch.cat(rows.rows[start : start + size]).to(device())
-            features_RE = gathered_RE[index_R]
-            if self.here.first_stage and self.trains_encoder:
-                features_RE.requires_grad_()
-            wanted = targets(tokens_BS, roles_BS)
-            batch = MicroBatch(
-                tokens_BS=tokens_BS.to(device()),
-                features_RE=features_RE,
-                **{f.name: getattr(wanted, f.name).to(device()) for f in fields(wanted)},
+            chosen = slice(start, start + size)
+            wanted = targets(tokens_NS[chosen], roles_NS[chosen])
+            tokens_BS, index_R, *indices = _copy_together(
+                [tokens_NS[chosen], torch.cat(rows.rows[chosen]), *(getattr(wanted, f.name) for f in fields(wanted))]
             )
-            batches.append((batch, index_R))
-        return batches
+            features_RE = gathered_RE[index_R if self.here.first_stage or self.here.last_stage else index_R[:0]]
+            if grads_RE is not None:
+                features_RE.requires_grad_().register_hook(partial(_collect, grads_RE, index_R))
+            yield MicroBatch(tokens_BS, Targets(*indices), features_RE)
 
-    def _decode(self, batches: list[tuple[MicroBatch, Tensor]], counts: Tensor, force_all_reduce: bool) -> Tensor:
+    def _decode(self, batches: Iterator[MicroBatch], counts: Tensor, force_all_reduce: bool) -> Tensor:
         """The pipeline schedule. Returns fp32 [2] loss sums of the global batch: text, image."""
         training = self.config.training
         weights = torch.tensor([training.text_loss_weight, training.image_loss_weight], device=counts.device)
         scale = weights / self._denominators(counts)
         losses = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, scale),
-            data_iterator=iter([batch for batch, _ in batches]),
+            data_iterator=batches,
             model=[self.stage],
-            num_microbatches=len(batches),
+            num_microbatches=self.sequences // training.micro_batch_size,
             seq_length=self.config.data.sequence_length,
             micro_batch_size=training.micro_batch_size,
             decoder_seq_length=self.config.data.sequence_length,
@@ -194,29 +200,27 @@ class ThreePhaseStep:
     # Phase 3 ------------------------------------------------------------------------------------------------------
 
     def _encoder_backward(
-        self,
-        chunks: list[tuple[Tensor, list[int], Tensor]],
-        batches: list[tuple[MicroBatch, Tensor]],
-        rows: exchange.RowMap,
-        own_rows: int,
-        force_all_reduce: bool,
+        self, own: list[PackedSequence], encoded: list[Tensor], home_RE: Tensor, force_all_reduce: bool
     ) -> None:
-        """Bring the embeddings' gradients home and push them through the encoder."""
-        width = self.config.model.encoder.hidden_size
-        grads_RE = torch.zeros(self.here.replica_size * rows.block, width, dtype=torch.float32, device=device())
-        # Tensor-parallel ranks of the first stage hold the same gradient: one of them speaks.
-        if self.here.first_stage and self.here.tp_rank == 0:
-            for batch, index_R in batches:
-                if batch.features_RE.grad is not None:
-                    grads_RE[index_R] = batch.features_RE.grad.float()
-        mine_RE = exchange.return_rows(grads_RE, own_rows, self.replica).to(self.dtype)
+        """Push the embeddings' gradients [R, E] through the encoder, chunk by chunk."""
         start = 0
-        for pixels, queries, kept_RE in chunks:
-            rows_RE = kept_RE if self.keeps else self._run_encoder(pixels, queries)
-            rows_RE.backward(mine_RE[start : start + len(rows_RE)])
+        for chunk, kept_RE in zip(self._chunks(own), encoded, strict=True):
+            rows_RE = kept_RE if self.keeps else self._run_encoder(*chunk)
+            rows_RE.backward(home_RE[start : start + len(rows_RE)])
             start += len(rows_RE)
         assert self.finalize_encoder is not None
         self.finalize_encoder(force_all_reduce=force_all_reduce)
+
+
+def _collect(grads_RE: Tensor, index_R: Tensor, grad_RE: Tensor) -> None:
+    grads_RE[index_R] = grad_RE
+
+
+def _copy_together(tensors: list[Tensor]) -> list[Tensor]:
+    """int64 CPU tensors on this rank's device, by one copy."""
+    flat = to_device(torch.cat([tensor.flatten() for tensor in tensors]))
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def _forward_step(scale: Tensor, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
@@ -236,7 +240,7 @@ def _moments(own_RE: Tensor, own: list[PackedSequence]) -> Tensor:
     """First and second moments of this rank's regressed embeddings, per dimension."""
     roles = [torch.from_numpy(s.roles_S) for s in own]
     regressed_R = torch.cat(
-        [(r[(r & 1).bool()] & VISUAL_TARGET).bool() for r in roles] or [torch.empty(0, dtype=torch.bool)]
+        [(r[(r & VISUAL).bool()] & VISUAL_TARGET).bool() for r in roles] or [torch.empty(0, dtype=torch.bool)]
     )
     v = own_RE[regressed_R.to(own_RE.device)].double()
     return torch.cat([v.sum(0), v.square().sum(0), v.new_tensor([len(v)])])

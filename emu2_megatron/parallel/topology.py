@@ -5,6 +5,7 @@ replica's sequences; the data-parallel replicas hold the same weights and differ
 every rank, so for it the whole world is data-parallel.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,11 +77,12 @@ def initialize(config: Config) -> Topology:
 
 
 def start(backend: str = device.BACKEND) -> None:
-    """Join the process group of the launcher (torchrun's environment), or be a world of one."""
+    """Join the process group that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: torchrun sets
+    them), or be a world of one."""
     device.activate()
     if dist.is_initialized():
         return
-    if dist.is_torchelastic_launched():
+    if "RANK" in os.environ:
         dist.init_process_group(backend)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]

@@ -64,8 +64,9 @@ def build(config: Config, here: Topology, source: parameters.Source | None = Non
     stage = DecoderStage(core_config, config.model, here.first_stage, here.last_stage, stages[here.pp_rank])
     stage.to(device())
     parameters.fill_decoder(stage, config.model, source, first_layer, here.tp_rank, here.tp_size)
-    encoder = EvaVisionTransformer(config.model.encoder)
-    encoder.to(device=device(), dtype=DTYPES[config.training.precision])
+    with torch.device("meta"):  # torch's own initialisation of 4 B numbers on every rank would be thrown away
+        encoder = EvaVisionTransformer(config.model.encoder).to(DTYPES[config.training.precision])
+    encoder.to_empty(device=device())
     parameters.fill_encoder(encoder, config.model, source)
     _mark_parts(stage, encoder)
 

@@ -36,6 +36,11 @@ def activate() -> torch.device:
     return here
 
 
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """A CPU tensor on this rank's device; on CUDA the copy overlaps with what the host does next."""
+    return tensor.pin_memory().to(device(), non_blocking=True) if IS_CUDA else tensor
+
+
 def synchronize() -> None:
     """Wait for the device, so that a clock read next tells the truth."""
     if IS_CUDA:

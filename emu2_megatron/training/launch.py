@@ -15,9 +15,10 @@ def train(config: Config, nproc_per_node: int | None = None) -> None:
     """Train: as one rank of torchrun's world if there is one, else with as many processes as the layout needs.
 
     Raises:
-        ConfigError: this machine cannot hold the processes or the model.
+        ConfigError: this machine cannot hold the processes or the model, or an earlier run's checkpoints are there.
         Emu2Error: a rank failed.
     """
+    _check_directory(config)
     if "RANK" in os.environ:
         _run(config)
         return
@@ -37,22 +38,40 @@ def _run(config: Config) -> None:
     loop.run(config)
 
 
+def _check_directory(config: Config) -> None:
+    """Refuse now what would fail at the first save, hours later."""
+    directory = checkpoint_directory(config)
+    if earlier := sorted(path.name for path in directory.glob("step_*")):
+        raise ConfigError(
+            f"checkpoint.directory: {directory} already has {earlier[-1]} of an earlier run; "
+            "choose another logging.directory, or move it away"
+        )
+
+
+def checkpoint_directory(config: Config) -> Path:
+    """Where this run's checkpoints go."""
+    return Path(config.checkpoint.directory or Path(config.logging.directory) / "checkpoints")
+
+
 def _check_machine(config: Config, processes: int) -> None:
     if torch.cuda.is_available():
         if processes > torch.cuda.device_count():
             raise ConfigError(
                 f"parallel: {processes} ranks wanted, this machine has {torch.cuda.device_count()} GPUs; on several "
-                "machines start `emu2 train` under torchrun or srun"
+                "machines start `emu2 train` under torchrun"
             )
         return
     from emu2_megatron.model.parameters import released_shapes
 
-    # Weights, gradients and Adam's state in fp32, the decoder's shared out over replicas, the encoder on every rank.
+    # 4 bytes each of weight, gradient and Adam's two moments. A replica holds one decoder; every rank holds the
+    # encoder, and if that is trained its gradients too, while its moments are shared out over all ranks.
     shapes = released_shapes(config.model)
     numbers = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     encoder = sum(n for name, n in numbers.items() if name.startswith("visual."))
     replicas = processes / (config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size)
     needed = 16 * (sum(numbers.values()) - encoder) * replicas + 4 * encoder * processes
+    if config.training.train_encoder:
+        needed += 4 * encoder * processes + 8 * encoder
     memory = psutil.virtual_memory().total
     if needed > memory:
         raise ConfigError(

@@ -14,6 +14,7 @@ from emu2_megatron.data.loader import Loader
 from emu2_megatron.data.tokenizer import Tokenizer
 from emu2_megatron.parallel import topology, wrap
 from emu2_megatron.platform.device import device
+from emu2_megatron.training.launch import checkpoint_directory
 from emu2_megatron.training.meters import Meter
 from emu2_megatron.training.step import train_step
 from emu2_megatron.training.writers import Writers
@@ -59,8 +60,7 @@ def _train(config: Config) -> None:
                 if writers:
                     writers.write(record)
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                directory = config.checkpoint.directory or folder / "checkpoints"
-                saved = str(save(directory, engine, step, _cursors(config, loader)))
+                saved = str(save(checkpoint_directory(config), engine, step, _cursors(config, loader)))
         if writers:
             writers.close()
             writers.summary({"checkpoint": saved, "log": str(folder / "log.jsonl"),

@@ -1,5 +1,7 @@
 """The decoder equals `transformers`' LLaMA, and counts the parameters it should."""
 
+from dataclasses import replace
+
 import harness
 import pytest
 import torch
@@ -22,10 +24,10 @@ def stage_of(config: Config) -> DecoderStage:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("preset", ["emu2_tiny", "emu2_small"])
-def test_equals_transformers(preset: str, world_of_one: Topology) -> None:
-    model = PRESETS[preset]
-    decoder = model.decoder
+@pytest.mark.parametrize(("preset", "rotary_base"), [("emu2_tiny", 10000.0), ("emu2_tiny", 500.0), ("emu2_small", 1e4)])
+def test_equals_transformers(preset: str, rotary_base: float, world_of_one: Topology) -> None:
+    decoder = replace(PRESETS[preset].decoder, rotary_base=rotary_base)
+    model = replace(PRESETS[preset], decoder=decoder)
     llama = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=decoder.vocab_size,
@@ -35,7 +37,7 @@ def test_equals_transformers(preset: str, world_of_one: Topology) -> None:
             num_attention_heads=decoder.num_attention_heads,
             rms_norm_eps=decoder.layernorm_epsilon,
             max_position_embeddings=decoder.max_position_embeddings,
-            rope_theta=decoder.rotary_base,
+            rope_parameters={"rope_type": "default", "rope_theta": decoder.rotary_base},
             tie_word_embeddings=False,
         )
     ).eval()
@@ -53,7 +55,7 @@ def test_equals_transformers(preset: str, world_of_one: Topology) -> None:
     tokens_BS = torch.randint(0, decoder.vocab_size, (2, 50))
     nothing = targets(tokens_BS, torch.zeros(2, 50, dtype=torch.uint8))
     features_RE = torch.empty(0, model.encoder.hidden_size)
-    hidden_SBD = stage(MicroBatch(tokens_BS, features_RE=features_RE, **vars(nothing)))
+    hidden_SBD = stage(MicroBatch(tokens_BS, nothing, features_RE))
     wanted = llama(tokens_BS).logits
     # Both are fp32; logits are sums of a few hundred products of order 0.1.
     assert (stage.logits(hidden_SBD).transpose(0, 1) - wanted).abs().max() < 1e-5 * wanted.abs().max().clamp(min=1)

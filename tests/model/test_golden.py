@@ -95,7 +95,7 @@ def test_decoder(golden: Golden, sequence: int) -> None:
     pictures = {0: [0], 1: [1, 2], 2: []}[sequence]
     features_RE = golden["out.features"][pictures].flatten(0, 1)
     assert visual.sum() == len(features_RE)
-    batch = MicroBatch(tokens_BS, features_RE=features_RE, **vars(targets(tokens_BS, visual.byte() * VISUAL)))
+    batch = MicroBatch(tokens_BS, targets(tokens_BS, visual.byte() * VISUAL), features_RE)
     hidden_SBD = golden.stage(batch)
     close(hidden_SBD[:, 0], golden[f"out.hidden.{sequence}"].squeeze(0))
     close(golden.stage.logits(hidden_SBD)[:, 0], golden[f"out.logits.{sequence}"].squeeze(0))
