@@ -32,8 +32,7 @@ def _train(name_or_file: str, overrides: Sequence[str], nproc_per_node: int | No
     data_parallel_size = validate.validate(config, int(started) if started else nproc_per_node)
     validate.validate_files(config)
     if not started:
-        layout = config.parallel
-        nproc_per_node = layout.tensor_parallel_size * layout.pipeline_parallel_size * data_parallel_size
+        nproc_per_node = validate.replica_size(config) * data_parallel_size
 
     from emu2_megatron.training import launch
 

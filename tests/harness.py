@@ -49,7 +49,7 @@ MODEL = ModelConfig(
 
 def config(
     tp: int = 1, pp: int = 1, layout: tuple[int, ...] | None = None, optimizer: OptimizerConfig | None = None,
-    **training: Any,
+    vpp: int = 1, cp: int = 1, sp: bool = False, overlap: bool = False, **training: Any,
 ) -> Config:  # fmt: skip
     """A run of MODEL; `training` overrides fields of TrainingConfig."""
     settings = {"steps": 3, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32",
@@ -57,7 +57,15 @@ def config(
     return Config(
         model=MODEL,
         data=DataConfig(sequence_length=LENGTH),
-        parallel=ParallelConfig(tp, pp, layout),
+        parallel=ParallelConfig(
+            tensor_parallel_size=tp,
+            pipeline_parallel_size=pp,
+            virtual_pipeline_parallel_size=vpp,
+            pipeline_layout=layout,
+            context_parallel_size=cp,
+            sequence_parallel=sp,
+            overlap_gradients=overlap,
+        ),
         training=TrainingConfig(**settings),
         optimizer=optimizer
         or OptimizerConfig(decoder_lr=1e-3, projection_lr=2e-3, encoder_lr=5e-4, clip_grad=1.0, warmup_steps=2),

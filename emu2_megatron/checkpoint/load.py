@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from emu2_megatron.checkpoint import metadata
@@ -28,12 +29,12 @@ def load_weights(path: str | Path, engine: Engine) -> tuple[int, list[int]]:
     step, cursors = _trainer_state(Path(path))
     metadata.check(Path(path))
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(sharded_weights(engine), str(path))
+        loaded: dict[str, Any] = dist_checkpointing.load({"weights": sharded_weights(engine)}, str(path))
     except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
         raise CheckpointError(f"{path} cannot be loaded into this model: {error}") from error
-    visual = "visual."
-    engine.encoder.load_state_dict({k.removeprefix(visual): v for k, v in loaded.items() if k.startswith(visual)})
-    engine.stage.load_state_dict({k: v for k, v in loaded.items() if not k.startswith(visual)})
+    modules: list[nn.Module] = [*engine.stages, engine.encoder]
+    for module, weights in zip(modules, loaded["weights"], strict=True):
+        module.load_state_dict(weights)
     engine.optimizer.reload_model_params()
     return step, cursors
 

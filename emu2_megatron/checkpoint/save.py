@@ -50,8 +50,9 @@ def save(directory: str | Path, engine: Engine, step: int, cursors: list[int]) -
         unfinished.rename(final)
 
     _on_rank_0(prepare, engine, step)
+    engine.settle()
     try:
-        dist_checkpointing.save(sharded_weights(engine), str(unfinished))
+        dist_checkpointing.save({"weights": sharded_weights(engine)}, str(unfinished))
     except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
         raise CheckpointError(f"cannot save step {step}: {error}") from error
     _on_rank_0(finish, engine, step)

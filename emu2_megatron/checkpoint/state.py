@@ -12,19 +12,20 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from emu2_megatron.parallel.wrap import Engine
 
 
-def sharded_weights(engine: Engine) -> dict[str, Any]:
-    """Name to this rank's shard of every weight it holds; exactly one rank stores each piece."""
+def sharded_weights(engine: Engine) -> list[dict[str, Any]]:
+    """For every part of the decoder on this rank, and last for the encoder: its own parameter names to this rank's
+    shards, which know their global names. Exactly one rank stores each piece."""
     metadata = {
         # One name a layer, instead of one tensor over all layers: readable, and independent of how layers are staged.
         "non_homogeneous_layers": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
-    stage: dict[str, Any] = engine.stage.sharded_state_dict(metadata=metadata)
-    if "output_layer.weight" in stage:
+    parts: list[dict[str, Any]] = [stage.sharded_state_dict(metadata=metadata) for stage in engine.stages]
+    if "output_layer.weight" in parts[-1]:
         # The vocabulary's padding depends on the layout. megatron-core's embedding says so itself.
-        stage["output_layer.weight"].allow_shape_mismatch = True
+        parts[-1]["output_layer.weight"].allow_shape_mismatch = True
     encoder = {
-        f"visual.{name}": ShardedTensor.from_rank_offsets(f"visual.{name}", weight, replica_id=engine.here.rank)
+        name: ShardedTensor.from_rank_offsets(f"visual.{name}", weight, replica_id=engine.here.rank)
         for name, weight in engine.encoder.state_dict(keep_vars=True).items()
     }
-    return stage | encoder
+    return [*parts, encoder]

@@ -94,8 +94,18 @@ class ParallelConfig:
     """Ranks that share every decoder layer; divides the decoder's attention heads."""
     pipeline_parallel_size: int = 1
     """Stages the decoder's layers are cut into."""
+    virtual_pipeline_parallel_size: int = 1
+    """Parts of each stage, for the interleaved schedule: shorter bubbles, more messages; needs at least two stages."""
     pipeline_layout: tuple[int, ...] | None = None
-    """Decoder layers of each stage, first to last; null shares them out evenly."""
+    """Decoder layers of each stage, first to last (of each part of each stage, in the order data flows, if there are
+    several); null shares them out evenly."""
+    context_parallel_size: int = 1
+    """Ranks that share every sequence of the decoder; each holds two chunks of it, so that causal attention is even."""
+    overlap_gradients: bool = False
+    """Sum gradients of the decoder over replicas while the backward pass goes on, and gather its updated weights while
+    the next forward pass begins, instead of after and before."""
+    sequence_parallel: bool = False
+    """Split norms and residuals over the tensor-parallel ranks by sequence: less memory, as many bytes exchanged."""
     data_parallel_size: int | None = None
     """Replicas; null takes as many as the world has room for."""
 
@@ -142,6 +152,9 @@ class TrainingConfig:
     """Packed sequences B that go through the decoder at once."""
     precision: str = "bf16"
     """bf16 (fp32 master weights and gradient sums) or fp32."""
+    recompute: str = "none"
+    """What the decoder's backward pass computes again instead of remembering: none, attention (the part whose memory
+    grows with S²), or full (every layer: least memory, about a third more FLOPs)."""
     train_encoder: bool = False
     """Train the visual encoder (stage 1) or leave it frozen (stage 2)."""
     encoder_micro_batch_size: int = 16

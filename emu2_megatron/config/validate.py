@@ -18,6 +18,7 @@ from emu2_megatron.errors import ConfigError
 
 PRECISIONS = ("bf16", "fp32")
 LR_SCHEDULES = ("cosine", "linear", "constant")
+RECOMPUTE = ("none", "attention", "full")
 
 _PICTURE_FRAME = 4
 """Tokens of a sequence with one picture besides its visual embeddings: `<s>`, `[IMG]`, `[/IMG]`, `</s>`."""
@@ -126,12 +127,31 @@ def _queries(key: str) -> Rule:
     )
 
 
+def replica_size(config: Config) -> int:
+    """Ranks that share one decoder."""
+    parallel = config.parallel
+    return parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.context_parallel_size
+
+
+def _parts(config: Config) -> int:
+    return config.parallel.pipeline_parallel_size * config.parallel.virtual_pipeline_parallel_size
+
+
+def _stage_layers(config: Config) -> int:
+    return config.model.decoder.num_layers // config.parallel.pipeline_parallel_size
+
+
+def _sequence_unit(config: Config) -> int:
+    """What the sequence length must be a multiple of."""
+    parallel = config.parallel
+    context = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
+    return context * (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
+
+
 def _layout_fits(config: Config) -> bool:
     layout = config.parallel.pipeline_layout
     return layout is None or (
-        len(layout) == config.parallel.pipeline_parallel_size
-        and sum(layout) == config.model.decoder.num_layers
-        and min(layout) > 0
+        len(layout) == _parts(config) and sum(layout) == config.model.decoder.num_layers and min(layout) > 0
     )
 
 
@@ -153,7 +173,8 @@ _POSITIVE = """
     model.decoder.vocab_size model.decoder.max_position_embeddings model.decoder.layernorm_epsilon
     model.decoder.rotary_base model.decoder.init_method_std model.decoder.make_vocab_size_divisible_by
     model.image_queries model.frame_queries data.sequence_length
-    parallel.tensor_parallel_size parallel.pipeline_parallel_size
+    parallel.tensor_parallel_size parallel.pipeline_parallel_size parallel.virtual_pipeline_parallel_size
+    parallel.context_parallel_size
     training.steps training.global_batch_size training.micro_batch_size training.encoder_micro_batch_size
     optimizer.decoder_lr optimizer.projection_lr optimizer.encoder_lr optimizer.adam_eps logging.every
 """.split()
@@ -171,6 +192,7 @@ RULES: list[Rule] = [
     _unless_null(_not_negative("optimizer.warmup_steps")),
     _unless_null(_share("optimizer.warmup_ratio")),
     _one_of("training.precision", PRECISIONS),
+    _one_of("training.recompute", RECOMPUTE),
     _one_of("optimizer.lr_schedule", LR_SCHEDULES),
     Rule(
         "optimizer.warmup_steps",
@@ -220,10 +242,40 @@ RULES: list[Rule] = [
         ),
     ),
     Rule(
+        "parallel.virtual_pipeline_parallel_size",
+        lambda config: (
+            config.parallel.virtual_pipeline_parallel_size == 1 or config.parallel.pipeline_parallel_size > 1
+        ),
+        lambda _: "needs pipeline_parallel_size of at least 2, legal: 1",
+    ),
+    Rule(
+        "parallel.virtual_pipeline_parallel_size",
+        lambda config: (
+            config.parallel.pipeline_layout is not None or config.model.decoder.num_layers % _parts(config) == 0
+        ),
+        lambda config: (
+            f"must divide the {_stage_layers(config)} layers of a stage, legal: "
+            f"{_listed(_divisors(_stage_layers(config)))}; or share them out by parallel.pipeline_layout"
+        ),
+    ),
+    Rule(
+        "parallel.sequence_parallel",
+        lambda config: not config.parallel.sequence_parallel or config.parallel.tensor_parallel_size > 1,
+        lambda _: "needs tensor_parallel_size of at least 2, legal: false",
+    ),
+    Rule(
+        "data.sequence_length",
+        lambda config: config.data.sequence_length % _sequence_unit(config) == 0,
+        lambda config: (
+            f"legal: a multiple of {_sequence_unit(config)} (2 x context_parallel_size if that is over 1, x "
+            "tensor_parallel_size if sequence_parallel)"
+        ),
+    ),
+    Rule(
         "parallel.pipeline_layout",
         _layout_fits,
         lambda config: (
-            f"legal: {config.parallel.pipeline_parallel_size} numbers (pipeline_parallel_size), each 1 or "
+            f"legal: {_parts(config)} numbers (pipeline_parallel_size x virtual_pipeline_parallel_size), each 1 or "
             f"more, that add up to model.decoder.num_layers {config.model.decoder.num_layers}; or null"
         ),
     ),
@@ -253,11 +305,13 @@ RULES: list[Rule] = [
 
 def _data_parallel_size(config: Config, world_size: int | None) -> int:
     tensor, pipeline = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
-    wanted = config.parallel.data_parallel_size
-    replica = tensor * pipeline
+    context, wanted = config.parallel.context_parallel_size, config.parallel.data_parallel_size
+    replica = replica_size(config)
     if world_size is None:
         return wanted or 1
     product = f"tensor_parallel_size {tensor} x pipeline_parallel_size {pipeline}"
+    if context > 1:
+        product += f" x context_parallel_size {context}"
     if world_size < 1 or world_size % replica:
         raise ConfigError(f"parallel: {world_size} processes; {product}, legal: a multiple of {replica} processes")
     if wanted is not None and world_size != replica * wanted:
@@ -276,4 +330,10 @@ def _check_batch(config: Config, data_parallel_size: int) -> None:
         raise ConfigError(
             f"training.global_batch_size: {batch}; must be a multiple of micro_batch_size {micro} x data-parallel size "
             f"{data_parallel_size} = {unit}, nearest legal: {_listed(legal)}"
+        )
+    stages = config.parallel.pipeline_parallel_size
+    if config.parallel.virtual_pipeline_parallel_size > 1 and batch // unit % stages:
+        raise ConfigError(
+            f"training.global_batch_size: {batch}; makes {batch // unit} micro-batches, which the interleaved schedule "
+            f"runs in groups of pipeline_parallel_size {stages}, legal: a multiple of {unit * stages}"
         )

@@ -1,4 +1,4 @@
-"""One pipeline stage of Emu2's decoder: LLaMA from megatron-core parts, with the two projections of visual embeddings.
+"""One part of the pipeline of Emu2's decoder: LLaMA from megatron-core parts, and projections of visual embeddings.
 
 The first stage embeds tokens and merges `project_up(v)` into them; the last one computes both losses. Positions,
 targets and visual embeddings of a micro-batch come in a `MicroBatch`, built by `parallel/three_phase.py`.
@@ -8,6 +8,7 @@ T regressed rows of it.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -37,23 +38,31 @@ class MicroBatch:
     """What one forward pass of a stage needs to know, on its device."""
 
     tokens_BS: Tensor
-    """int64 [B, S] token ids."""
+    """int64 [B, S] token ids at the positions this rank holds."""
     targets: Targets
     """Who predicts what."""
     features_RE: Tensor
-    """[R, E] visual embeddings in (b, s) order of their tokens; empty on stages between the first and the last."""
+    """[R, E] visual embeddings in (b, s) order of their tokens; empty on parts between the first and the last."""
 
 
-def transformer_config(config: Config, stage_layers: list[int]) -> TransformerConfig:
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "attention": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+"""training.recompute to megatron-core's settings."""
+
+
+def transformer_config(config: Config, part_layers: list[int]) -> TransformerConfig:
     """megatron-core's view of the decoder.
 
     Args:
         config: the run's configuration, validated.
-        stage_layers: decoder layers of every pipeline stage, first to last.
+        part_layers: decoder layers of every part of the pipeline, in the order data flows.
     """
     decoder, parallel = config.model.decoder, config.parallel
     dtype = DTYPES[config.training.precision]
-    stages: list[list[str]] = [["decoder"] * layers for layers in stage_layers]
+    stages: list[list[str]] = [["decoder"] * layers for layers in part_layers]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
     return TransformerConfig(
@@ -70,6 +79,8 @@ def transformer_config(config: Config, stage_layers: list[int]) -> TransformerCo
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
         pipeline_model_parallel_layout=stages if len(stages) > 1 else None,
         pipeline_dtype=dtype,
         params_dtype=dtype,
@@ -86,6 +97,7 @@ def transformer_config(config: Config, stage_layers: list[int]) -> TransformerCo
         bias_activation_fusion=IS_CUDA,
         apply_rope_fusion=False,
         batch_p2p_comm=IS_CUDA,
+        **RECOMPUTE[config.training.recompute],
     )
 
 
@@ -96,13 +108,17 @@ def padded_vocab_size(model: ModelConfig, tensor_parallel_size: int) -> int:
 
 
 class DecoderStage(MegatronModule):
-    """The layers of one pipeline stage, with the embedding on the first and the losses on the last."""
+    """The layers of one part of the pipeline, with the embedding on the first and the losses on the last."""
 
     share_embeddings_and_output_weights = False  # read by megatron-core's gradient finalisation
 
-    def __init__(self, config: TransformerConfig, model: ModelConfig, pre_process: bool, post_process: bool,
-                 num_layers: int) -> None:  # fmt: skip
+    def __init__(self, config: TransformerConfig, model: ModelConfig, part_layers: list[int], part: int = 0) -> None:
+        """Part `part` of the pipeline; see `parallel/layout.py` for parts, virtual ones included."""
         super().__init__(config=config)
+        pre_process, post_process = part == 0, part == len(part_layers) - 1
+        # megatron-core's name for the number of a part among those of its rank, if there are several.
+        virtual = config.virtual_pipeline_model_parallel_size
+        self.vp_stage = part // config.pipeline_model_parallel_size if virtual else None
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = pre_process, post_process
         self.vocab_size = model.decoder.vocab_size
@@ -121,13 +137,21 @@ class DecoderStage(MegatronModule):
             use_cpu_initialization=config.use_cpu_initialization,
         )
         self.decoder = TransformerBlock(
-            config, block_submodules(num_layers), pre_process=pre_process, post_process=post_process
+            config,
+            block_submodules(part_layers[part]),
+            pre_process=pre_process,
+            post_process=post_process,
+            vp_stage=self.vp_stage,
         )
         if post_process:
             self.output_layer = ColumnParallelLinear(
                 width, padded, config=config, init_method=lambda weight: weight, bias=False, gather_output=False
             )
             self.project_down = nn.Linear(width, encoder_width, **kwargs)
+        for name, weight in self.named_parameters():
+            if name.startswith("project_"):
+                # Each rank projects the rows it holds: megatron-core sums marked gradients over tensor-parallel ranks.
+                weight.sequence_parallel = config.sequence_parallel
         mark_tensor_parallel(self)
 
     def set_input_tensor(self, input_tensor: list[Tensor | None] | Tensor | None) -> None:
@@ -145,10 +169,10 @@ class DecoderStage(MegatronModule):
         if self.pre_process:
             hidden_SBD = self.embedding(batch.tokens_BS, None)
             # Also without any picture: every parameter takes part in every backward pass, if only with zeros.
-            hidden_SBD = interleave(hidden_SBD, self.project_up(batch.features_RE), batch.targets.visual_positions_R)
-        hidden: Tensor = self.decoder(
-            hidden_states=hidden_SBD, attention_mask=None, rotary_pos_emb=self.rotary(batch.tokens_BS.shape[1])
-        )
+            visual_RD = self.project_up(batch.features_RE[batch.targets.visual_rows_R])
+            hidden_SBD = interleave(hidden_SBD, visual_RD, batch.targets.visual_positions_R)
+        length = batch.tokens_BS.shape[1] * self.config.context_parallel_size
+        hidden: Tensor = self.decoder(hidden_states=hidden_SBD, attention_mask=None, rotary_pos_emb=self.rotary(length))
         return hidden
 
     def logits(self, hidden_SBD: Tensor) -> Tensor:
@@ -162,7 +186,11 @@ class DecoderStage(MegatronModule):
         return logits_SBV
 
     def loss_sums(self, hidden_SBD: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Cross-entropy summed over text targets, squared error summed over regressed embeddings; fp32 scalars."""
+        """Cross-entropy summed over text targets, squared error summed over regressed embeddings; fp32 scalars.
+
+        Of the positions this rank holds: text over its context-parallel share (alike on all tensor-parallel ranks),
+        embeddings over the hidden states it has.
+        """
         per_token_SB = tensor_parallel.vocab_parallel_cross_entropy(
             self.logits(hidden_SBD).float(), batch.targets.text_labels_SB
         )

@@ -4,6 +4,7 @@ megatron-core's own fallbacks do not do: its local norm refuses sequence paralle
 and builds the whole score matrix.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,12 +12,14 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from emu2_megatron.data.batch import share
 from emu2_megatron.platform import kernels
 
 
@@ -37,11 +40,18 @@ class RMSNorm(nn.Module):
 
 
 class CausalAttention(nn.Module):
-    """megatron-core's core attention on `torch.nn.functional.scaled_dot_product_attention`."""
+    """megatron-core's core attention on `torch.nn.functional.scaled_dot_product_attention`.
 
-    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
+    Under context parallelism every rank gathers the keys and values of the whole sequence and attends from the
+    positions it holds (`data/batch.share`).
+    """
+
+    def __init__(
+        self, config: TransformerConfig, softmax_scale: float | None = None, pg_collection: Any = None, **_: Any
+    ) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **unsupported: Any
@@ -49,7 +59,7 @@ class CausalAttention(nn.Module):
         """Attend to the position itself and those before it.
 
         Args:
-            query, key, value: [S, B, N, H] of this tensor-parallel rank's heads.
+            query, key, value: [S, B, N, H] of this tensor-parallel rank's heads, at the positions this rank holds.
             attention_mask: must be None, the mask is causal.
 
         Returns:
@@ -58,9 +68,22 @@ class CausalAttention(nn.Module):
         wanted = [name for name in ("attention_bias", "packed_seq_params") if unsupported.get(name) is not None]
         if attention_mask is not None or wanted:
             raise NotImplementedError(f"causal attention takes no mask and no {', '.join(wanted) or 'bias'}")
+        visible = None
+        if self.cp_group is not None:
+            key, value = (gather_from_sequence_parallel_region(x, group=self.cp_group) for x in (key, value))
+            visible = _visible(len(key), self.cp_group.rank(), self.cp_group.size()).to(query.device)
         q_BNSH, k_BNSH, v_BNSH = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        out_BNSH = F.scaled_dot_product_attention(q_BNSH, k_BNSH, v_BNSH, is_causal=True, scale=self.softmax_scale)
+        out_BNSH = F.scaled_dot_product_attention(
+            q_BNSH, k_BNSH, v_BNSH, attn_mask=visible, is_causal=visible is None, scale=self.softmax_scale
+        )
         return out_BNSH.permute(2, 0, 1, 3).flatten(2)
+
+
+@lru_cache
+def _visible(length: int, cp_rank: int, cp_size: int) -> Tensor:
+    """bool [S / CP, S]: which gathered keys each of a rank's positions may see. Keys stand in order of ranks."""
+    positions = [share(length, rank, cp_size).tokens for rank in range(cp_size)]
+    return positions[cp_rank][:, None] >= torch.cat(positions)
 
 
 def block_submodules(num_layers: int) -> TransformerBlockSubmodules:

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
 
 from emu2_megatron.config.schema import Config
-from emu2_megatron.data.batch import Targets, targets
+from emu2_megatron.data.batch import Targets, share, targets
 from emu2_megatron.data.decode import normalize
 from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL, VISUAL_TARGET, PackedSequence
 from emu2_megatron.model.decoder import DTYPES, DecoderStage, MicroBatch
@@ -54,7 +53,7 @@ class ThreePhaseStep:
         config: the run.
         here: this rank's place.
         encoder: the encoder wrapped by `parallel/wrap.py` if it is trained, bare if it is frozen.
-        stage: the wrapped decoder stage.
+        stages: the wrapped parts of the decoder on this rank, in the order data flows.
         finalize_encoder: sums the encoder's gradients over the world; None if it is frozen.
     """
 
@@ -63,12 +62,13 @@ class ThreePhaseStep:
         config: Config,
         here: Topology,
         encoder: nn.Module,
-        stage: nn.Module,
+        stages: list[Any],
         finalize_encoder: Callable[..., None] | None,
     ) -> None:
         self.config, self.here = config, here
-        self.encoder, self.stage, self.finalize_encoder = encoder, stage, finalize_encoder
-        self.replica = parallel_state.get_model_parallel_group()
+        self.encoder, self.stages, self.finalize_encoder = encoder, stages, finalize_encoder
+        assert here.replica is not None
+        self.replica = here.replica
         self.sequences = config.training.global_batch_size // here.dp_size
         self.dtype = DTYPES[config.training.precision]
         self.trains_encoder = config.training.train_encoder
@@ -94,10 +94,11 @@ class ThreePhaseStep:
         gathered_RE = exchange.gather_rows(own_RE, rows.block, self.replica)
         clock.lap("encode")
 
-        # One rank of the first stage collects: its tensor-parallel peers hold the same gradient.
-        collects = self.trains_encoder and self.here.first_stage and self.here.tp_rank == 0
+        collects = self.trains_encoder and self.here.first_stage and self._holds_own_rows
         grads_RE = torch.zeros_like(gathered_RE) if collects else None
-        batches = self._micro_batches(tokens_NS, roles_NS, rows, gathered_RE, grads_RE)
+        batches = [
+            self._micro_batches(tokens_NS, roles_NS, rows, gathered_RE, grads_RE, stage.module) for stage in self.stages
+        ]
         sums = self._decode(batches, counts, force_all_reduce)
         clock.lap("decode")
 
@@ -116,15 +117,17 @@ class ThreePhaseStep:
         """Targets, pictures and sequences of the global batch, known before the forward pass."""
         text, visual = ((roles_NS & role).bool().sum() for role in (TEXT_TARGET, VISUAL_TARGET))
         # Every rank of a replica knows all its targets, but each picture is known to one rank: sum over the world.
-        share = [int(text) * self._speaks, int(visual) * self._speaks, sum(len(s.pixels) for s in own), len(own)]
-        counts = torch.tensor(share, device=device())
+        one = self.here.replica_rank == 0
+        mine = [int(text) * one, int(visual) * one, sum(len(s.pixels) for s in own), len(own)]
+        counts = torch.tensor(mine, device=device())
         dist.all_reduce(counts, group=topology.world_group())
         return counts
 
     @property
-    def _speaks(self) -> bool:
-        """One rank of each replica contributes what all of them know: the last stage's, which has the losses."""
-        return self.here.last_stage and self.here.tp_rank == 0
+    def _holds_own_rows(self) -> bool:
+        """Whether this rank's hidden states are its own: without sequence parallelism, tensor-parallel ranks hold the
+        same ones, and what all of them know must be counted once."""
+        return self.here.tp_rank == 0 or self.config.parallel.sequence_parallel
 
     def _denominators(self, counts: Tensor) -> Tensor:
         elements = torch.tensor([1, self.config.model.encoder.hidden_size], device=counts.device)
@@ -161,21 +164,35 @@ class ThreePhaseStep:
         rows: exchange.RowMap,
         gathered_RE: Tensor,
         grads_RE: Tensor | None,
+        stage: DecoderStage,
     ) -> Iterator[MicroBatch]:
-        """Micro-batches, each made when the schedule asks for it; gradients of its embeddings land in `grads_RE`."""
+        """Micro-batches of a part, each made when the schedule asks for it; if it is the first part, gradients of their
+        embeddings land in `grads_RE`."""
         size = self.config.training.micro_batch_size
+        here, sequence_parallel = self.here, self.config.parallel.sequence_parallel
+        held = share(
+            tokens_NS.shape[1],
+            here.cp_rank,
+            here.cp_size,
+            here.tp_rank if sequence_parallel else 0,
+            here.tp_size if sequence_parallel else 1,
+        )
         for start in range(0, self.sequences, size):
             chosen = slice(start, start + size)
-            wanted = targets(tokens_NS[chosen], roles_NS[chosen])
+            wanted = targets(tokens_NS[chosen], roles_NS[chosen], held)
             tokens_BS, index_R, *indices = _copy_together(
-                [tokens_NS[chosen], torch.cat(rows.rows[chosen]), *(getattr(wanted, f.name) for f in fields(wanted))]
+                [
+                    tokens_NS[chosen][:, held.tokens],
+                    torch.cat(rows.rows[chosen]),
+                    *(getattr(wanted, f.name) for f in fields(wanted)),
+                ]
             )
-            features_RE = gathered_RE[index_R if self.here.first_stage or self.here.last_stage else index_R[:0]]
-            if grads_RE is not None:
+            features_RE = gathered_RE[index_R if stage.pre_process or stage.post_process else index_R[:0]]
+            if grads_RE is not None and stage.pre_process:
                 features_RE.requires_grad_().register_hook(partial(_collect, grads_RE, index_R))
             yield MicroBatch(tokens_BS, Targets(*indices), features_RE)
 
-    def _decode(self, batches: Iterator[MicroBatch], counts: Tensor, force_all_reduce: bool) -> Tensor:
+    def _decode(self, batches: list[Iterator[MicroBatch]], counts: Tensor, force_all_reduce: bool) -> Tensor:
         """The pipeline schedule. Returns fp32 [2] loss sums of the global batch: text, image."""
         training = self.config.training
         weights = torch.tensor([training.text_loss_weight, training.image_loss_weight], device=counts.device)
@@ -183,7 +200,7 @@ class ThreePhaseStep:
         losses = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, scale),
             data_iterator=batches,
-            model=[self.stage],
+            model=self.stages,
             num_microbatches=self.sequences // training.micro_batch_size,
             seq_length=self.config.data.sequence_length,
             micro_batch_size=training.micro_batch_size,
@@ -192,8 +209,9 @@ class ThreePhaseStep:
             force_all_reduce=force_all_reduce,
         )
         sums = torch.zeros(2, device=counts.device)
-        if self._speaks:
-            sums += torch.stack([loss["sums"] for loss in losses]).sum(0)
+        if self.here.last_stage:
+            once = torch.tensor([self.here.tp_rank == 0, self._holds_own_rows], device=sums.device)
+            sums += torch.stack([loss["sums"] for loss in losses]).sum(0) * once
         dist.all_reduce(sums, group=topology.world_group())
         return sums
 

@@ -1,6 +1,6 @@
 """Who this rank is, and the process groups it talks in.
 
-One *replica* is a whole decoder: TP × PP ranks. Within a replica every rank loads and encodes its own part of the
+One *replica* is a whole decoder: TP × CP × PP ranks. Within a replica every rank loads and encodes its own part of the
 replica's sequences; the data-parallel replicas hold the same weights and different sequences. The encoder is whole on
 every rank, so for it the whole world is data-parallel.
 """
@@ -19,18 +19,22 @@ from emu2_megatron.platform import device
 
 @dataclass(frozen=True)
 class Topology:
-    """This rank's place. `replica_rank` counts the TP × PP ranks that share one decoder."""
+    """This rank's place. `replica_rank` counts the TP × CP × PP ranks that share one decoder."""
 
     rank: int
     world_size: int
     tp_rank: int
     tp_size: int
+    cp_rank: int
+    cp_size: int
     pp_rank: int
     pp_size: int
     dp_rank: int
     dp_size: int
     replica_rank: int
     replica_size: int
+    replica: dist.ProcessGroup | None = None
+    """The ranks of this rank's replica."""
 
     @property
     def first_stage(self) -> bool:
@@ -54,26 +58,45 @@ def initialize(config: Config) -> Topology:
     Precondition: `torch.distributed` is initialised with TP · PP · DP ranks.
     """
     parallel = config.parallel
+    virtual = parallel.virtual_pipeline_parallel_size
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=parallel.context_parallel_size,
         create_gloo_process_groups=False,
     )
     # The model has no dropout; megatron-core's layers ask for the tracker's states all the same.
     tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
-    replica = parallel_state.get_model_parallel_group()
+    dp_rank, dp_size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    replica = _replica_group(parallel.tensor_parallel_size * parallel.context_parallel_size, dp_rank, dp_size)
     return Topology(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=parallel.tensor_parallel_size,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel.context_parallel_size,
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=parallel.pipeline_parallel_size,
-        dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=parallel_state.get_data_parallel_world_size(),
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        replica=replica,
         replica_rank=dist.get_rank(replica),
         replica_size=dist.get_world_size(replica),
     )
+
+
+def _replica_group(inner: int, dp_rank: int, dp_size: int) -> dist.ProcessGroup:
+    """The group of all ranks with this data-parallel rank; called by all ranks together.
+
+    megatron-core numbers ranks with TP and CP (`inner`) innermost, then DP, then PP.
+    """
+    world = range(dist.get_world_size())
+    groups: list[dist.ProcessGroup] = [
+        dist.new_group([rank for rank in world if rank // inner % dp_size == d]) for d in range(dp_size)
+    ]
+    return groups[dp_rank]
 
 
 def start(backend: str = device.BACKEND) -> None:

@@ -1,7 +1,7 @@
-"""Builds what a rank trains: its decoder stage and its encoder, gradient buffers, and one optimizer over both."""
+"""Builds what a rank trains: its parts of the decoder, its encoder, gradient buffers, one optimizer over both."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -37,16 +37,25 @@ class Engine:
     here: Topology
     encoder: EvaVisionTransformer
     """The bare encoder."""
-    stage: DecoderStage
-    """The bare decoder stage."""
-    first_layer: int
-    """Global index of the stage's first layer."""
+    stages: list[DecoderStage]
+    """The bare parts of the decoder on this rank, in the order data flows; one, unless the schedule is interleaved."""
+    first_layers: list[int]
+    """Global index of the first layer of each."""
     wrapped: list[DistributedDataParallel]
-    """The trained ones of stage and encoder, with their gradient buffers."""
+    """Whatever is trained of decoder and encoder, with its gradient buffers."""
     optimizer: ChainedOptimizer
     """megatron-core's optimizer over all of them: one norm, one clip, state sharded over data-parallel ranks."""
     step: ThreePhaseStep
     """Forward and backward."""
+
+    def settle(self) -> None:
+        """Wait until every weight is the updated one: with overlap, that is otherwise the next forward pass's business.
+
+        Precondition of reading weights.
+        """
+        for part in self.wrapped:
+            if part.ddp_config.overlap_param_gather:
+                part.start_param_sync(force_sync=True)
 
 
 def build(config: Config, here: Topology, source: parameters.Source | None = None) -> Engine:
@@ -58,42 +67,55 @@ def build(config: Config, here: Topology, source: parameters.Source | None = Non
         source: where weights come from; None initialises them from (seed, name).
     """
     source = source or parameters.fresh(config.model, config.training.seed, device())
-    stages = layout.stage_layers(config)
-    first_layer = layout.first_layer(stages, here.pp_rank)
-    core_config = transformer_config(config, stages)
-    stage = DecoderStage(core_config, config.model, here.first_stage, here.last_stage, stages[here.pp_rank])
-    stage.to(device())
-    parameters.fill_decoder(stage, config.model, source, first_layer, here.tp_rank, here.tp_size)
+    layers, parts = layout.part_layers(config), layout.parts_of(config, here.pp_rank)
+    first_layers = [layout.first_layer(layers, part) for part in parts]
+    core_config = transformer_config(config, layers)
+    stages = [DecoderStage(core_config, config.model, layers, part).to(device()) for part in parts]
+    for stage, first_layer in zip(stages, first_layers, strict=True):
+        parameters.fill_decoder(stage, config.model, source, first_layer, here.tp_rank, here.tp_size)
     with torch.device("meta"):  # torch's own initialisation of 4 B numbers on every rank would be thrown away
         encoder = EvaVisionTransformer(config.model.encoder).to(DTYPES[config.training.precision])
     encoder.to_empty(device=device())
     parameters.fill_encoder(encoder, config.model, source)
-    _mark_parts(stage, encoder)
+    _mark_parts(stages, encoder)
 
-    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
-    wrapped_stage = DistributedDataParallel(core_config, ddp, stage)
+    overlap = config.parallel.overlap_gradients
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
+    )
+    wrapped_stages = [DistributedDataParallel(core_config, ddp, stage, disable_bucketing=i > 0)
+                      for i, stage in enumerate(stages)]  # fmt: skip
     core_config.finalize_model_grads_func = _finalize_decoder
-    optimizers = list(_optimizer(config, [wrapped_stage]).chained_optimizers)
-    wrapped = [wrapped_stage]
+    if overlap:
+        # megatron-core's schedules hold the sums back until the last micro-batch.
+        syncs = [stage.no_sync for stage in wrapped_stages]
+        core_config.no_sync_func = syncs if len(syncs) > 1 else syncs[0]
+    optimizers = list(_optimizer(config, wrapped_stages, overlap).chained_optimizers)
+    wrapped = list(wrapped_stages)
     step_encoder: nn.Module = encoder
     finalize_encoder: Callable[..., None] | None = None
     if config.training.train_encoder:
         groups = topology.encoder_groups()
-        wrapped_encoder = DistributedDataParallel(_encoder_config(core_config), ddp, encoder, pg_collection=groups)
-        optimizers += _optimizer(config, [wrapped_encoder], pg_collection=groups).chained_optimizers
+        # Not overlapped: a rank without pictures has no backward pass to overlap with.
+        plain = replace(ddp, overlap_grad_reduce=False, overlap_param_gather=False)
+        wrapped_encoder = DistributedDataParallel(_encoder_config(core_config), plain, encoder, pg_collection=groups)
+        optimizers += _optimizer(config, [wrapped_encoder], overlap, pg_collection=groups).chained_optimizers
         wrapped.append(wrapped_encoder)
         step_encoder, finalize_encoder = wrapped_encoder, wrapped_encoder.finish_grad_sync
     else:
         encoder.requires_grad_(False).eval()
     optimizer = ChainedOptimizer(optimizers)
     core_config.grad_scale_func = optimizer.scale_loss
-    step = ThreePhaseStep(config, here, step_encoder, wrapped_stage, finalize_encoder)
-    return Engine(here, encoder, stage, first_layer, wrapped, optimizer, step)
+    step = ThreePhaseStep(config, here, step_encoder, wrapped_stages, finalize_encoder)
+    return Engine(here, encoder, stages, first_layers, wrapped, optimizer, step)
 
 
-def _mark_parts(stage: nn.Module, encoder: nn.Module) -> None:
-    for name, parameter in stage.named_parameters():
-        parameter.part = "projection" if name.startswith("project_") else "decoder"  # type: ignore[attr-defined]
+def _mark_parts(stages: list[DecoderStage], encoder: nn.Module) -> None:
+    for name, parameter in (item for stage in stages for item in stage.named_parameters()):
+        parameter.part = "projection" if name.startswith("project_") else "decoder"
     for parameter in encoder.parameters():
         parameter.part = "encoder"  # type: ignore[attr-defined]
 
@@ -115,7 +137,9 @@ def _finalize_decoder(model: list[Any], num_tokens: Any = None, **groups: Any) -
     finalize_model_grads(model, None, **groups)
 
 
-def _optimizer(config: Config, wrapped: list[DistributedDataParallel], **groups: Any) -> ChainedOptimizer:
+def _optimizer(
+    config: Config, wrapped: list[DistributedDataParallel], overlap: bool, **groups: Any
+) -> ChainedOptimizer:
     optimizer, dtype = config.optimizer, DTYPES[config.training.precision]
     return get_megatron_optimizer(
         MegatronOptimizerConfig(
@@ -130,6 +154,7 @@ def _optimizer(config: Config, wrapped: list[DistributedDataParallel], **groups:
             bf16=dtype is torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=True,
+            overlap_param_gather=overlap,
         ),
         wrapped,
         config_overrides=_overrides(optimizer),

@@ -8,6 +8,7 @@ import torch
 
 from emu2_megatron.config.loading import to_yaml
 from emu2_megatron.config.schema import Config
+from emu2_megatron.config.validate import replica_size
 from emu2_megatron.errors import ConfigError, Emu2Error
 
 
@@ -22,14 +23,12 @@ def train(config: Config, nproc_per_node: int | None = None) -> None:
     if "RANK" in os.environ:
         _run(config)
         return
-    parallel = config.parallel
-    replica = parallel.tensor_parallel_size * parallel.pipeline_parallel_size
-    processes = nproc_per_node or replica * (parallel.data_parallel_size or 1)
+    processes = nproc_per_node or replica_size(config) * (config.parallel.data_parallel_size or 1)
     _check_machine(config, processes)
     if processes == 1:
         _run(config)
     else:
-        _launch(config, processes, replica)
+        _launch(config, processes)
 
 
 def _run(config: Config) -> None:
@@ -68,8 +67,9 @@ def _check_machine(config: Config, processes: int) -> None:
     shapes = released_shapes(config.model)
     numbers = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
     encoder = sum(n for name, n in numbers.items() if name.startswith("visual."))
-    replicas = processes / (config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size)
-    needed = 16 * (sum(numbers.values()) - encoder) * replicas + 4 * encoder * processes
+    parallel = config.parallel
+    copies = processes / (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
+    needed = 16 * (sum(numbers.values()) - encoder) * copies + 4 * encoder * processes
     if config.training.train_encoder:
         needed += 4 * encoder * processes + 8 * encoder
     memory = psutil.virtual_memory().total
@@ -80,7 +80,7 @@ def _check_machine(config: Config, processes: int) -> None:
         )
 
 
-def _launch(config: Config, processes: int, replica: int) -> None:
+def _launch(config: Config, processes: int) -> None:
     """Start torchrun on this machine; the ranks read the resolved configuration."""
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -89,8 +89,13 @@ def _launch(config: Config, processes: int, replica: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     resolved = folder / "config.yaml"
     resolved.write_text(to_yaml(config))
-    print(f"starting {processes} processes: TP{config.parallel.tensor_parallel_size} x "
-          f"PP{config.parallel.pipeline_parallel_size} x DP{processes // replica}", flush=True)  # fmt: skip
+    parallel = config.parallel
+    context = f" x CP{parallel.context_parallel_size}" if parallel.context_parallel_size > 1 else ""
+    print(
+        f"starting {processes} processes: TP{parallel.tensor_parallel_size}{context} x "
+        f"PP{parallel.pipeline_parallel_size} x DP{processes // replica_size(config)}",
+        flush=True,
+    )
     # A torch thread pool in every process would fight over the cores.
     threads = max(1, (os.cpu_count() or 1) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))

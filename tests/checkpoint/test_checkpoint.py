@@ -21,8 +21,9 @@ CURSORS = [3, 1, 4, 1, 5, 9, 2, 6]
 def _weights(engine: wrap.Engine) -> dict[str, Any]:
     here = engine.here
     return {
-        "place": [here.pp_rank, here.tp_rank, engine.first_layer],
-        "stage": {name: p.data.clone() for name, p in engine.stage.named_parameters()},
+        "place": [here.pp_rank, here.tp_rank],
+        "first_layers": engine.first_layers,
+        "stages": [{name: p.data.clone() for name, p in stage.named_parameters()} for stage in engine.stages],
         "visual": {"visual." + name: p.data.clone() for name, p in engine.encoder.named_parameters()},
         "masters": float(sum(p.double().sum() for group in engine.optimizer.param_groups for p in group["params"])),
     }
@@ -51,8 +52,9 @@ def whole(results: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     released = dict(results[0]["visual"])
     for stage in {r["place"][0] for r in results}:
         ranks = {r["place"][1]: r for r in results if r["place"][0] == stage}
-        parts = [ranks[rank]["stage"] for rank in sorted(ranks)]
-        released |= parameters.join_stage(harness.MODEL, parts, ranks[0]["place"][2])
+        for part, first_layer in enumerate(ranks[0]["first_layers"]):
+            parts = [ranks[rank]["stages"][part] for rank in sorted(ranks)]
+            released |= parameters.join_stage(harness.MODEL, parts, first_layer)
     return released
 
 
@@ -62,7 +64,12 @@ def test_other_layouts(tmp_path: Path, precision: str) -> None:
     saved = harness.run(4, save_worker, config, str(tmp_path))
     wanted = whole(saved)
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
-    for world_size, layout in ((1, {}), (4, {"pp": 2}), (2, {"pp": 2, "layout": (1, 3)})):
+    for world_size, layout in (
+        (1, {}),
+        (4, {"pp": 2, "cp": 2}),
+        (2, {"pp": 2, "layout": (1, 3)}),
+        (2, {"pp": 2, "vpp": 2}),
+    ):
         config = harness.config(**layout, train_encoder=True, precision=precision)  # type: ignore[arg-type]
         loaded = harness.run(world_size, load_worker, config, saved[0]["path"])
         assert all(r["step"] == 1 and r["cursors"] == CURSORS for r in loaded)

@@ -249,7 +249,17 @@ _number = st.floats(allow_nan=False, allow_infinity=False)
 @settings(deadline=None, max_examples=50)
 @given(
     data=st.builds(DataConfig, st.lists(_text | _tricky).map(tuple), _text | _tricky, _size, _number, st.booleans()),
-    parallel=st.builds(ParallelConfig, _size, _size, st.none() | st.lists(_size).map(tuple), st.none() | _size),
+    parallel=st.builds(
+        ParallelConfig,
+        _size,
+        _size,
+        _size,
+        st.none() | st.lists(_size).map(tuple),
+        _size,
+        st.booleans(),
+        st.booleans(),
+        data_parallel_size=st.none() | _size,
+    ),
     optimizer=st.builds(OptimizerConfig, *[_number] * 8, _text, _number, st.none() | _size, st.none() | _number),
     logging=st.builds(LoggingConfig, _text | _tricky),
     model=st.sampled_from(list(PRESETS.values())),

@@ -148,8 +148,8 @@ def test_pipeline_layout(layout):
     config = changed(TINY, parallel__pipeline_parallel_size=2, parallel__pipeline_layout=layout)
     listed = ", ".join(map(str, layout))
     assert error_of(config) == (
-        f"parallel.pipeline_layout: [{listed}]; legal: 2 numbers (pipeline_parallel_size), each 1 or more, that add up "
-        "to model.decoder.num_layers 4; or null"
+        f"parallel.pipeline_layout: [{listed}]; legal: 2 numbers (pipeline_parallel_size x "
+        "virtual_pipeline_parallel_size), each 1 or more, that add up to model.decoder.num_layers 4; or null"
     )
     assert validate.validate(changed(config, parallel__pipeline_layout=(1, 3)), None) == 1
 
@@ -256,3 +256,46 @@ def test_files(tmp_path):
 
 def test_rules_name_real_keys():
     assert {rule.key for rule in validate.RULES} <= {entry.key for entry in describe.describe()}
+
+
+def test_virtual_pipeline():
+    deep = changed(TINY, model__decoder__num_layers=8, parallel__pipeline_parallel_size=2)
+    validate.validate(changed(deep, parallel__virtual_pipeline_parallel_size=4), None)
+    assert error_of(changed(deep, parallel__virtual_pipeline_parallel_size=3)) == (
+        "parallel.virtual_pipeline_parallel_size: 3; must divide the 4 layers of a stage, legal: 1, 2, 4; "
+        "or share them out by parallel.pipeline_layout"
+    )
+    layout = (1, 1, 1, 2, 2, 1)
+    validate.validate(changed(deep, parallel__virtual_pipeline_parallel_size=3, parallel__pipeline_layout=layout), None)
+    assert error_of(changed(TINY, parallel__virtual_pipeline_parallel_size=2)) == (
+        "parallel.virtual_pipeline_parallel_size: 2; needs pipeline_parallel_size of at least 2, legal: 1"
+    )
+    odd = changed(
+        deep, parallel__virtual_pipeline_parallel_size=2, training__global_batch_size=6, training__micro_batch_size=2
+    )
+    assert error_of(odd) == (
+        "training.global_batch_size: 6; makes 3 micro-batches, which the interleaved schedule runs in groups of "
+        "pipeline_parallel_size 2, legal: a multiple of 4"
+    )
+
+
+def test_sequence_is_shared_out_evenly():
+    assert error_of(changed(TINY, parallel__sequence_parallel=True)) == (
+        "parallel.sequence_parallel: true; needs tensor_parallel_size of at least 2, legal: false"
+    )
+    split = changed(
+        TINY, parallel__tensor_parallel_size=2, parallel__sequence_parallel=True, parallel__context_parallel_size=2
+    )
+    validate.validate(changed(split, data__sequence_length=128), None)
+    assert error_of(changed(split, data__sequence_length=124)) == (
+        "data.sequence_length: 124; legal: a multiple of 8 (2 x context_parallel_size if that is over 1, x "
+        "tensor_parallel_size if sequence_parallel)"
+    )
+
+
+def test_context_parallel_ranks_count_as_processes():
+    config = changed(
+        TINY, parallel__tensor_parallel_size=2, parallel__pipeline_parallel_size=2, parallel__context_parallel_size=2
+    )
+    assert validate.validate(config, 16) == 2
+    assert "context_parallel_size 2, legal: a multiple of 8 processes" in error_of(config, 12)

@@ -2,7 +2,7 @@
 
 import torch
 
-from emu2_megatron.data.batch import targets
+from emu2_megatron.data.batch import share, targets
 from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL, VISUAL_TARGET
 
 T, V, R = TEXT_TARGET, VISUAL, VISUAL | VISUAL_TARGET
@@ -16,6 +16,7 @@ def test_targets() -> None:
     assert got.text_labels_SB.T.tolist() == [[10, 0, 0, 0, 0, 0], [0, 0, 11, 12, 13, 0]]
     assert got.text_mask_SB.T.tolist() == [[1, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0]]
     assert got.visual_positions_R.tolist() == [3 * 2 + 0, 4 * 2 + 0, 2 * 2 + 1]
+    assert got.visual_rows_R.tolist() == [0, 1, 2]
     # [IMG] at 2 predicts the first embedding, the first embedding at 3 the second.
     assert got.predictor_positions_T.tolist() == [2 * 2 + 0, 3 * 2 + 0]
     assert got.predicted_rows_T.tolist() == [0, 1]
@@ -25,3 +26,33 @@ def test_nothing_to_learn() -> None:
     got = targets(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.uint8))
     assert not got.text_mask_SB.any()
     assert len(got.visual_positions_R) == len(got.predictor_positions_T) == len(got.predicted_rows_T) == 0
+
+
+def test_shares() -> None:
+    """Eight positions over two ranks: the outer and the inner quarters, each split again by sequence parallelism."""
+    assert share(8).tokens.tolist() == share(8).hidden.tolist() == list(range(8))
+    outer, inner = share(8, 0, 2), share(8, 1, 2)
+    assert outer.tokens.tolist() == [0, 1, 6, 7] and inner.tokens.tolist() == [2, 3, 4, 5]
+    second = share(8, 0, 2, 1, 2)
+    assert second.tokens.tolist() == [0, 1, 6, 7] and second.hidden.tolist() == [6, 7]
+
+
+def test_targets_of_a_share() -> None:
+    """`<s> a [IMG] v v [/IMG] b c`: of the outer quarters, positions 0 1 6 7, with hidden states of 0 1 or of 6 7."""
+    tokens_BS = torch.tensor([[1, 10, 50, 51, 51, 52, 11, 12]])
+    roles_BS = torch.tensor([[0, T, 0, R, R, 0, T, T]], dtype=torch.uint8)
+    outer = targets(tokens_BS, roles_BS, share(8, 0, 2))
+    assert outer.text_labels_SB.flatten().tolist() == [10, 0, 12, 0]
+    assert outer.text_mask_SB.flatten().tolist() == [1, 0, 1, 0]
+    assert len(outer.visual_positions_R) == len(outer.predictor_positions_T) == 0
+    # Positions 2 3 4 5: both embeddings are at local 1 and 2; [IMG] at local 0 and the first embedding predict them.
+    inner = targets(tokens_BS, roles_BS, share(8, 1, 2))
+    assert inner.text_labels_SB.flatten().tolist() == [0, 0, 0, 11]
+    assert inner.visual_positions_R.tolist() == [1, 2] and inner.visual_rows_R.tolist() == [0, 1]
+    assert inner.predictor_positions_T.tolist() == [0, 1] and inner.predicted_rows_T.tolist() == [0, 1]
+    # Split by sequence: 2 3 | 4 5. The second rank holds the second embedding, and predicts nothing visual.
+    first, second = (targets(tokens_BS, roles_BS, share(8, 1, 2, rank, 2)) for rank in range(2))
+    assert first.text_labels_SB.equal(inner.text_labels_SB)  # labels are not split by sequence parallelism
+    assert first.visual_positions_R.tolist() == [1] and first.visual_rows_R.tolist() == [0]
+    assert second.visual_positions_R.tolist() == [0] and second.visual_rows_R.tolist() == [1]
+    assert first.predictor_positions_T.tolist() == [0, 1] and second.predictor_positions_T.tolist() == []

@@ -17,7 +17,7 @@ def worker(_rank: int, config: Config) -> dict[str, Any]:
     train_step(engine, config, [harness.batch([2] * 8, 0)[i] for i in here.slots(8)], 0)
     parts = engine.optimizer.chained_optimizers
     return {
-        "trained": sum(p.numel() for p in engine.stage.parameters()),
+        "trained": sum(p.numel() for p in engine.stages[0].parameters()),
         "encoder": sum(p.numel() for p in engine.encoder.parameters()),
         "buffered": sum(p.numel() for part in engine.wrapped for buffer in part.buffers for p in buffer.params),
         "moments": sum(

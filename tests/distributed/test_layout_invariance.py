@@ -43,8 +43,10 @@ def worker(_rank: int, config: Config, batches: list[list[PackedSequence]]) -> d
     first = engine.step([batches[0][i] for i in mine], force_all_reduce=True)
     gradients = _local(engine, "main_grad")
     reports = [train_step(engine, config, [batch[i] for i in mine], step) for step, batch in enumerate(batches)]
+    engine.settle()
     return {
-        "place": [here.pp_rank, here.tp_rank, here.dp_rank, engine.first_layer],
+        "place": [here.pp_rank, here.tp_rank, here.dp_rank * here.cp_size + here.cp_rank],
+        "first_layers": engine.first_layers,
         "losses": [[report.text_loss, report.image_loss, report.grad_norm] for report in reports],
         "counts": first.counts.tolist(),
         "moments": first.moments,
@@ -54,15 +56,12 @@ def worker(_rank: int, config: Config, batches: list[list[PackedSequence]]) -> d
     }
 
 
-def _local(engine: wrap.Engine, attribute: str) -> dict[str, dict[str, Tensor]]:
-    return {
-        part: {
-            name: getattr(parameter, attribute).clone()
-            for name, parameter in module.named_parameters()
-            if parameter.requires_grad
-        }
-        for part, module in (("encoder", engine.encoder), ("stage", engine.stage))
-    }
+def _local(engine: wrap.Engine, attribute: str) -> list[dict[str, Tensor]]:
+    """Of every part of the decoder, and last of the encoder."""
+    return [
+        {n: getattr(p, attribute).clone() for n, p in module.named_parameters() if p.requires_grad}
+        for module in (*engine.stages, engine.encoder)
+    ]
 
 
 def whole(results: list[dict[str, Any]], what: str) -> dict[str, Tensor]:
@@ -72,9 +71,11 @@ def whole(results: list[dict[str, Any]], what: str) -> dict[str, Tensor]:
         for pp_rank in sorted({r["place"][0] for r in results}):
             ranks = [r for r in results if r["place"][0] == pp_rank and r["place"][2] == dp_rank]
             ranks.sort(key=lambda r: r["place"][1])
-            joined = parameters.join_stage(MODEL, [r[what]["stage"] for r in ranks], ranks[0]["place"][3])
+            joined: dict[str, Tensor] = {}
+            for part, first_layer in enumerate(ranks[0]["first_layers"]):
+                joined |= parameters.join_stage(MODEL, [r[what][part] for r in ranks], first_layer)
             for r in ranks:
-                joined |= {"visual." + name: tensor for name, tensor in r[what]["encoder"].items()}
+                joined |= {"visual." + name: tensor for name, tensor in r[what][-1].items()}
                 for name, tensor in joined.items():
                     assert torch.equal(copies.setdefault(name, tensor), tensor), f"{name} differs between ranks"
     return copies
@@ -192,6 +193,14 @@ LAYOUTS = {
     "DP4": (4, {}),
     "TP2 PP2": (4, {"tp": 2, "pp": 2}),
     "TP2 PP2 DP2": (8, {"tp": 2, "pp": 2}),
+    "TP2 SP": (2, {"tp": 2, "sp": True}),
+    "TP4 SP": (4, {"tp": 4, "sp": True}),
+    "PP2 VPP2": (2, {"pp": 2, "vpp": 2}),
+    "CP2": (2, {"cp": 2}),
+    "CP4": (4, {"cp": 4}),
+    "TP2 SP CP2 PP2": (8, {"tp": 2, "sp": True, "cp": 2, "pp": 2}),
+    "TP2 SP PP2 VPP2 DP2": (8, {"tp": 2, "sp": True, "pp": 2, "vpp": 2}),
+    "CP2 PP2 DP2": (8, {"cp": 2, "pp": 2}),
 }
 
 
@@ -214,6 +223,24 @@ def test_micro_batch_sizes_in_a_pipeline(micro_batch_size: int) -> None:
 
 def test_kept_activations() -> None:
     check(4, harness.config(tp=2, pp=2, train_encoder=True, encoder_keep_activations=True), MIXED)
+
+
+@pytest.mark.parametrize("recompute", ["attention", "full"])
+def test_recompute(recompute: str) -> None:
+    check(4, harness.config(tp=2, sp=True, pp=2, train_encoder=True, recompute=recompute), MIXED)
+
+
+@pytest.mark.parametrize("train_encoder", [False, True], ids=["frozen", "trained"])
+@pytest.mark.parametrize(
+    "layout", [{}, {"pp": 2, "vpp": 2}, {"tp": 2, "sp": True}], ids=["DP4", "PP2 VPP2 DP2", "TP2 SP DP2"]
+)
+def test_overlap(layout: dict[str, Any], train_encoder: bool) -> None:
+    check(4, harness.config(**layout, overlap=True, train_encoder=train_encoder), MIXED)
+
+
+def test_overlap_on_text_alone() -> None:
+    """Every weight must have a gradient for the sums to start: project_up has one although no picture came."""
+    check(4, harness.config(pp=2, overlap=True), [[0] * 8] * 2)
 
 
 def test_encoder_chunks_of_one_picture() -> None:
@@ -261,7 +288,7 @@ def test_bf16_follows_float64() -> None:
         cosine = float((gradient.double() * wanted).sum() / (gradient.norm() * wanted.norm()))
         length = float(gradient.norm() / wanted.norm())
         assert cosine > 0.999 and length == pytest.approx(1, abs=0.02), f"{name}: cosine {cosine}, length {length}"
-    assert results[0]["weights"]["encoder"]["cls_token"].dtype == torch.bfloat16
+    assert results[0]["weights"][-1]["cls_token"].dtype == torch.bfloat16
     assert {dtype for result in results for dtype in result["masters"]} == {"torch.float32"}
 
 

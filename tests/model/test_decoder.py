@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 def stage_of(config: Config) -> DecoderStage:
     layers = config.model.decoder.num_layers
-    return DecoderStage(transformer_config(config, [layers]), config.model, True, True, layers)
+    return DecoderStage(transformer_config(config, [layers]), config.model, [layers])
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ class Golden:
         layers = self.model.decoder.num_layers
         self.encoder = EvaVisionTransformer(self.model.encoder)
         parameters.fill_encoder(self.encoder, self.model, source.__getitem__)
-        self.stage = DecoderStage(transformer_config(config, [layers]), self.model, True, True, layers)
+        self.stage = DecoderStage(transformer_config(config, [layers]), self.model, [layers])
         parameters.fill_decoder(self.stage, self.model, source.__getitem__, 0, 0, 1)
 
     def __getitem__(self, key: str) -> Tensor:

@@ -9,6 +9,7 @@ from emu2_megatron.model.layer_specs import CausalAttention, RMSNorm
 class _Config:
     params_dtype = torch.bfloat16
     sequence_parallel = False
+    context_parallel_size = 1
 
 
 def test_rms_norm_keeps_its_statistics_in_fp32() -> None:

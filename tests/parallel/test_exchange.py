@@ -20,7 +20,7 @@ def test_row_map() -> None:
 def test_slots_are_shared_out_once() -> None:
     """TP2 PP3 DP2: every sequence has one loader, and a replica's sequences stay in the replica."""
     places = [
-        Topology(0, 12, tp, 2, pp, 3, dp, 2, replica_rank=2 * pp + tp, replica_size=6)
+        Topology(0, 12, tp, 2, 0, 1, pp, 3, dp, 2, replica_rank=2 * pp + tp, replica_size=6)
         for dp in range(2) for pp in range(3) for tp in range(2)
     ]  # fmt: skip
     slots = [slot for place in places for slot in place.slots(20)]

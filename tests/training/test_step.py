@@ -18,17 +18,17 @@ def worker(_rank: int, config: Config, where: str) -> dict[str, Any]:
     own = [harness.batch([1] * 8, 0)[i] for i in here.slots(8)]
     train_step(engine, config, own, 0)
     if where == "loss" and here.last_stage:
-        engine.stage.project_down.weight.data[0, 0] = float("nan")
+        engine.stages[0].project_down.weight.data[0, 0] = float("nan")
     if where == "gradient" and here.first_stage and here.dp_rank == 0:
         # The loss stays finite, one replica's gradient does not.
-        engine.stage.project_up.weight.register_hook(lambda gradient: gradient * float("inf"))
-    before = {name: parameter.clone() for name, parameter in engine.stage.named_parameters()}
+        engine.stages[0].project_up.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = {name: parameter.clone() for name, parameter in engine.stages[0].named_parameters()}
     try:
         train_step(engine, config, own, 1)
         message = "did not raise"
     except TrainingDiverged as error:
         message = str(error)
-    same = all(torch.equal(p.nan_to_num(), before[n].nan_to_num()) for n, p in engine.stage.named_parameters())
+    same = all(torch.equal(p.nan_to_num(), before[n].nan_to_num()) for n, p in engine.stages[0].named_parameters())
     return {"message": message, "weights unchanged": same}
 
 
