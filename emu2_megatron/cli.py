@@ -15,13 +15,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Overrides may stand before, between and after the options, which argparse cannot say: they are what is left over.
     options, rest = parser.parse_known_args(arguments)
     if wrong := [text for text in rest if text.startswith("-") or options.command != "train"]:
-        parser.error(f"unknown argument: {' '.join(wrong)}")
+        hint = f" (a field of the configuration? then: {wrong[0].lstrip('-')}=VALUE)" if "." in wrong[0] else ""
+        parser.error(f"unknown argument: {' '.join(wrong)}{hint}")
     try:
         return _train(options.config, rest, options.nproc_per_node) if options.command == "train" else _doctor()
     except Emu2Error as error:
         if prefix := _prefix(error):
             print(f"{prefix}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        # The progress bar hides the cursor, and a rank that was killed cannot bring it back.
+        print("\x1b[?25h" if sys.stdout.isatty() else "", end="")
+        print("emu2: interrupted; what was saved is in the checkpoint directory", file=sys.stderr)
+        return 130
 
 
 def _train(name_or_file: str, overrides: Sequence[str], nproc_per_node: int | None) -> int:
@@ -63,15 +69,15 @@ def _prefix(error: Emu2Error) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="emu2", description=emu2_megatron.__doc__, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"emu2 {emu2_megatron.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     train = commands.add_parser(
         "train",
         help="train a model",
         usage="emu2 train --config NAME_OR_FILE [KEY=VALUE ...] [--nproc-per-node N]",
         description="Train a model. KEY=VALUE overrides one field of the configuration; all of them are listed below.",
-        formatter_class=_WithFields,
         allow_abbrev=False,
     )
+    train.set_defaults(shows_fields=True)
     train.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="recipe of the package, or a YAML file")
     train.add_argument(
         "--nproc-per-node",
@@ -83,13 +89,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-class _WithFields(argparse.RawDescriptionHelpFormatter):
-    """Puts the recipes and the documentation of every field below the options, and reads them only when asked to."""
+class _Parser(argparse.ArgumentParser):
+    """Puts the recipes and the documentation of every field below the options of `train --help`, and only there."""
 
     def format_help(self) -> str:
         from emu2_megatron.config import describe
 
-        return f"{super().format_help()}\n{describe.help_text()}\n"
+        return super().format_help() + (f"\n{describe.help_text()}\n" if self.get_default("shows_fields") else "")
 
 
 if __name__ == "__main__":

@@ -51,9 +51,13 @@ def test_two_processes(shards: Path, tmp_path: Path) -> None:
     assert records[-1]["text_loss"] < records[0]["text_loss"] and records[-1]["image_loss"] < records[0]["image_loss"]
     assert all(r["tokens_per_second"] > 0 and r["images_per_second"] > 0 and r["skipped_samples"] == 0 for r in records)
     events = EventAccumulator(str(tmp_path)).Reload()
-    assert [e.step for e in events.Scalars("text_loss")] == [1, 2, 4, 5]
-    assert events.Scalars("image_loss")[-1].value == pytest.approx(records[-1]["image_loss"], rel=1e-6)
+    assert [e.step for e in events.Scalars("loss/text")] == [1, 2, 4, 5]
+    assert events.Scalars("loss/image")[-1].value == pytest.approx(records[-1]["image_loss"], rel=1e-6)
     assert "Summary" in done.stdout and "encoder backward" in done.stdout
+
+    # A second run does not write over the first.
+    again_here = emu2("train", "--config", "tiny_interleaved", *overrides)
+    assert again_here.returncode == 2 and "log.jsonl of an earlier run" in again_here.stderr
 
     # The configuration beside the log is the whole run, and can be run again.
     again = load(str(tmp_path / "config.yaml"))
@@ -83,16 +87,19 @@ WRONG = {
     "two warm-ups": (["optimizer.warmup_steps=5"], "warmup_ratio 0.05"),
     "picture of half patches": (["model.encoder.image_size=60"], "patch_size"),
     "no shards": (["data.shards=[nowhere/*.tar]"], "make_shards"),
+    "tokenizer of another size": (["model.preset=emu2_small"], "1272 or 1274"),
+    "directory that cannot be made": (["logging.directory=/proc/nowhere"], "logging.directory"),
     "no override": (["training.steps"], "="),
     "wrong number of processes": (["--nproc-per-node", "6"], "6"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_configurations(name: str) -> None:
+def test_wrong_configurations(name: str, shards: Path, tmp_path: Path) -> None:
     """Exit code 2 and one line that names the key and what would be legal; no process was started for it."""
-    arguments, helpful = WRONG[name]
-    done = emu2("train", "--config", "tiny_interleaved", *arguments)
+    wrong, helpful = WRONG[name]
+    right = [f"data.shards=[{shards}/*.tar]", f"logging.directory={tmp_path}"]
+    done = emu2("train", "--config", "tiny_interleaved", *right, *wrong)
     assert done.returncode == 2
     assert done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith("emu2: ") and helpful in done.stderr
@@ -104,10 +111,11 @@ def test_unknown_recipe() -> None:
     assert "stage2" in done.stderr and "tiny_interleaved" in done.stderr
 
 
-def test_a_model_too_large_for_the_machine(shards: Path) -> None:
+def test_a_model_too_large_for_the_machine(shards: Path, tmp_path: Path) -> None:
     """The 37B model on this machine's CPU is refused before the first process starts, not by the kernel later."""
     done = emu2(
-        "train", "--config", "stage2", f"data.shards=[{shards}/*.tar]", "data.tokenizer=examples/data/tokenizer.model"
+        "train", "--config", "stage2", f"data.shards=[{shards}/*.tar]", "data.tokenizer=examples/data/tokenizer.model",
+        f"logging.directory={tmp_path}", "model.decoder.vocab_size=1272",
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "GiB" in done.stderr or "GPUs" in done.stderr

@@ -85,6 +85,8 @@ def _captions(source: Path) -> Iterator[_Planned]:
         try:
             record = json.loads(line)
             picture, caption = source / record["file"], record["caption"]
+            if not picture.is_file():
+                raise ValueError(f"{picture} is not a file; paths are relative to {source}")
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{listing}, line {number}: needs `file` and `caption`: {error!r}") from error
         name = f"0{picture.suffix}"

@@ -52,8 +52,8 @@ class Loader:
     batch handed out since this loader was made).
 
     Raises ConfigError if the tokenizer's vocabulary is not the model's; DataError as `ShardIndex` does; ValueError for
-    slots that are not distinct numbers below global_batch_size. `next` raises DataError once a slot has met more bad
-    samples in a row than there are samples.
+    slots that are not distinct numbers below global_batch_size. `next` raises DataError once every sample has proved
+    bad.
     """
 
     def __init__(
@@ -138,7 +138,8 @@ class Loader:
     def _read(self, slot: int, skipped: Counter[str], cursor: int) -> tuple[int, Sample]:
         """The first usable sample of a slot from `cursor` on, and the cursor it is at."""
         training = self._config.training
-        for _ in range(len(self.index) + 1):
+        bad: set[int] = set()
+        while len(bad) < len(self.index):
             if self._closed.is_set():
                 raise RuntimeError("this loader is closed")
             epoch, i = sample_at(slot, cursor, training.global_batch_size, len(self.index), training.seed)
@@ -150,14 +151,15 @@ class Loader:
                 return cursor, build_sample(raw, self._tokenizer, self._config, epoch, i)
             except DataError as error:
                 last = error
+                bad.add(i)
                 skipped[reason_of(error)] += 1
                 if i not in self._logged:
                     self._logged.add(i)
                     logger.warning("skipped sample %s of %s: %s", key, shard, error)
             cursor += 1
         raise DataError(
-            f"slot {slot} met {len(self.index) + 1} unusable samples in a row, the last one: {last} (reasons, for all "
-            f"slots of this step: {dict(skipped)})"
+            f"none of the {len(self.index)} samples can be used, the last one: {last} (reasons, for all slots of this "
+            f"step: {dict(skipped)})"
         ) from last
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import sentencepiece
 
+from emu2_megatron.config.schema import Config
 from emu2_megatron.data.tokens import ADDED_TOKENS, BASE_COUNT, CHAT_COUNT
-from emu2_megatron.errors import DataError
+from emu2_megatron.errors import ConfigError, DataError
 
 _CONTROL_IDS = {"<unk>": 0, "<s>": 1, "</s>": 2}
 
@@ -87,3 +88,20 @@ def _load(path: Path) -> sentencepiece.SentencePieceProcessor:
         if found != wanted:
             raise DataError(f"{path}: {piece} has id {found}, Emu2 needs {wanted} as in LLaMA; {advice}")
     return model
+
+
+def tokenizer_for(config: Config) -> Tokenizer:
+    """The tokenizer of a run, with Emu2-Chat's two tokens if the model has rows for them.
+
+    Raises DataError like `Tokenizer`, ConfigError if it has another number of tokens than the model has rows.
+    """
+    sizes = []
+    for chat in (False, True):
+        tokenizer = Tokenizer(config.data.tokenizer, chat)
+        if tokenizer.vocab_size == config.model.decoder.vocab_size:
+            return tokenizer
+        sizes.append(tokenizer.vocab_size)
+    raise ConfigError(
+        f"data.tokenizer: {config.data.tokenizer} has {sizes[0]} tokens ({sizes[1]} with Chat's), but "
+        f"model.decoder.vocab_size is {config.model.decoder.vocab_size}; legal: {sizes[0]} or {sizes[1]}"
+    )

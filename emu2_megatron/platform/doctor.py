@@ -62,7 +62,8 @@ def print_report(rows: list[Row], console: Console | None = None) -> int:
     for row in rows:
         mark = "[green]ok[/]" if row.fine else "[red]missing[/]" if row.required else "[yellow]-[/]"
         table.add_row(f"{mark} {escape(row.subject)}", escape(row.found), "" if row.fine else escape(row.fix))
-    (console or Console()).print(table)
+    # In a pipe or a file there is no width to keep to.
+    (console or (Console() if sys.stdout.isatty() else Console(width=140))).print(table)
     return int(any(row.required and not row.fine for row in rows))
 
 

@@ -1,6 +1,7 @@
 """From a validated configuration to running ranks."""
 
 import os
+import signal
 from pathlib import Path
 
 import psutil
@@ -9,6 +10,7 @@ import torch
 from emu2_megatron.config.loading import to_yaml
 from emu2_megatron.config.schema import Config
 from emu2_megatron.config.validate import replica_size
+from emu2_megatron.data.tokenizer import tokenizer_for
 from emu2_megatron.errors import ConfigError, Emu2Error
 
 
@@ -20,7 +22,10 @@ def train(config: Config, nproc_per_node: int | None = None) -> None:
         Emu2Error: a rank failed.
     """
     _check_directory(config)
+    tokenizer_for(config)  # a wrong one is cheaper to notice before the model is built
     if "RANK" in os.environ:
+        # Ctrl-C reaches every rank at once: each ends without a traceback, and the launcher says it once.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         _run(config)
         return
     processes = nproc_per_node or replica_size(config) * (config.parallel.data_parallel_size or 1)
@@ -38,13 +43,23 @@ def _run(config: Config) -> None:
 
 
 def _check_directory(config: Config) -> None:
-    """Refuse now what would fail at the first save, hours later."""
-    directory = checkpoint_directory(config)
-    if earlier := sorted(path.name for path in directory.glob("step_*")):
-        raise ConfigError(
-            f"checkpoint.directory: {directory} already has {earlier[-1]} of an earlier run; "
-            "choose another logging.directory, or move it away"
-        )
+    """Refuse now what would fail at the first save, hours later, or write over an earlier run."""
+    for key, directory, pattern in (
+        ("logging.directory", Path(config.logging.directory), "log.jsonl"),
+        ("checkpoint.directory", checkpoint_directory(config), "step_*"),
+    ):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            earlier = sorted(path.name for path in directory.glob(pattern))
+        except OSError as error:
+            raise ConfigError(f"{key}: {directory} cannot be used: {error}") from error
+        if not os.access(directory, os.W_OK):
+            raise ConfigError(f"{key}: {directory} is not writable")
+        if earlier:
+            raise ConfigError(
+                f"{key}: {directory} already has {earlier[-1]} of an earlier run; choose another logging.directory, "
+                "or move it away"
+            )
 
 
 def checkpoint_directory(config: Config) -> Path:
@@ -83,11 +98,10 @@ def _check_machine(config: Config, processes: int) -> None:
 def _launch(config: Config, processes: int) -> None:
     """Start torchrun on this machine; the ranks read the resolved configuration."""
     from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    folder = Path(config.logging.directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    resolved = folder / "config.yaml"
+    resolved = Path(config.logging.directory) / "config.yaml"
     resolved.write_text(to_yaml(config))
     parallel = config.parallel
     context = f" x CP{parallel.context_parallel_size}" if parallel.context_parallel_size > 1 else ""
@@ -102,6 +116,8 @@ def _launch(config: Config, processes: int) -> None:
     arguments = ["--standalone", f"--nproc-per-node={processes}", "-m", "emu2_megatron.cli"]
     try:
         run.main([*arguments, "train", "--config", str(resolved)])
+    except SignalException as error:
+        raise KeyboardInterrupt from error
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         raise Emu2Error(f"rank {rank} failed with exit code {failure.exitcode}; its message is above") from None

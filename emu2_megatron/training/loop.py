@@ -11,7 +11,7 @@ from emu2_megatron.checkpoint.save import save
 from emu2_megatron.config.loading import to_yaml
 from emu2_megatron.config.schema import Config
 from emu2_megatron.data.loader import Loader
-from emu2_megatron.data.tokenizer import Tokenizer
+from emu2_megatron.data.tokenizer import tokenizer_for
 from emu2_megatron.parallel import topology, wrap
 from emu2_megatron.platform.device import device
 from emu2_megatron.training.launch import checkpoint_directory
@@ -33,7 +33,7 @@ def run(config: Config) -> None:
 
 def _train(config: Config) -> None:
     here = topology.initialize(config)
-    tokenizer = _tokenizer(config)
+    tokenizer = tokenizer_for(config)
     with Loader(config, tokenizer, here.slots(config.training.global_batch_size)) as loader:
         engine = wrap.build(config, here)
         folder = Path(config.logging.directory)
@@ -42,35 +42,38 @@ def _train(config: Config) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(to_yaml(config))
             writers = Writers(config)
-        saved = ""
-        meter = Meter(config)
-        for step in range(1, config.training.steps + 1):
-            start = time.perf_counter()
-            own = next(loader)
-            load_seconds = time.perf_counter() - start
-            report = train_step(engine, config, own, step - 1)
-            report.output.seconds["load"] = load_seconds
-            meter.add(report)
-            last = step == config.training.steps
+        try:
+            saved = _steps(config, engine, loader, writers)
+        finally:
             if writers:
-                writers.advance(step)
-            if step == 1 or last or step % config.logging.every == 0:
-                record = meter.record(step, report, sum(loader.skipped.values()))
-                meter = Meter(config)
-                if writers:
-                    writers.write(record)
-            if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-                saved = str(save(checkpoint_directory(config), engine, step, _cursors(config, loader)))
+                writers.close()
         if writers:
-            writers.close()
             writers.summary({"checkpoint": saved, "log": str(folder / "log.jsonl"),
                              "curves": f"tensorboard --logdir {folder}"})  # fmt: skip
 
 
-def _tokenizer(config: Config) -> Tokenizer:
-    """With Emu2-Chat's two tokens if the model has rows for them; the loader checks that the sizes agree."""
-    base = Tokenizer(config.data.tokenizer)
-    return base if base.vocab_size == config.model.decoder.vocab_size else Tokenizer(config.data.tokenizer, chat=True)
+def _steps(config: Config, engine: wrap.Engine, loader: Loader, writers: Writers | None) -> str:
+    """All steps, logs and checkpoints; returns where the last checkpoint is."""
+    saved = ""
+    meter = Meter(config)
+    for step in range(1, config.training.steps + 1):
+        start = time.perf_counter()
+        own = next(loader)
+        load_seconds = time.perf_counter() - start
+        report = train_step(engine, config, own, step - 1)
+        report.output.seconds["load"] = load_seconds
+        meter.add(report)
+        last = step == config.training.steps
+        if writers:
+            writers.advance(step)
+        if step == 1 or last or step % config.logging.every == 0:
+            record = meter.record(step, report, sum(loader.skipped.values()))
+            meter = Meter(config)
+            if writers:
+                writers.write(record)
+        if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            saved = str(save(checkpoint_directory(config), engine, step, _cursors(config, loader)))
+    return saved
 
 
 def _cursors(config: Config, loader: Loader) -> list[int]:

@@ -33,9 +33,9 @@ class Writers:
         self.console = Console()
         self.progress = Progress(
             TextColumn("[bold]training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[line]}"), console=self.console, disable=not self.console.is_terminal,
+            console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
-        self.task = self.progress.add_task("training", total=config.training.steps, line="")
+        self.task = self.progress.add_task("training", total=config.training.steps)
         self.records: list[dict[str, Any]] = []
         self.progress.start()
 
@@ -49,12 +49,14 @@ class Writers:
         self.jsonl.write(json.dumps(record) + "\n")
         if self.tensorboard is not None:
             for name, value in record.items():
-                self.tensorboard.add_scalar(name, value, record["step"])
-        line = _line(record)
-        self.progress.update(self.task, line=line)
-        if not self.console.is_terminal:
-            # Plain print: a log file needs no wrapping at a terminal's width.
-            print(line, flush=True)
+                if name != "step":
+                    self.tensorboard.add_scalar(_tag(name), value, record["step"])
+        if self.console.is_terminal:
+            # Above the bar; on a narrow terminal without the phases, which the summary has too.
+            line = _line(record) if self.console.width >= 200 else _line(record).partition(" | ms:")[0]
+            self.progress.console.print(line, soft_wrap=True, highlight=False)
+        else:
+            print(_line(record), flush=True)
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -74,20 +76,33 @@ class Writers:
             ("gradient norm", "grad_norm"),
             ("tokens/s", "tokens_per_second"),
             ("images/s", "images_per_second"),
-            ("seconds a step", "step_seconds"),
-            *((f"  {phase.replace('_', ' ')}", f"{phase}_seconds") for phase in PHASES),
+            ("samples skipped", "skipped_samples"),
         ):
             table.add_row(label, f"{first[name]:.4g}", f"{last[name]:.4g}")
+        for label, name in (
+            ("milliseconds a step", "step_seconds"),
+            *((f"  {phase.replace('_', ' ')}", f"{phase}_seconds") for phase in PHASES),
+        ):
+            table.add_row(label, f"{first[name] * 1e3:.1f}", f"{last[name] * 1e3:.1f}")
         self.console.print(table)
         for label, text in rows.items():
             print(f"{label}: {text}", flush=True)
 
 
+def _tag(name: str) -> str:
+    """TensorBoard's name of a value, in groups: `loss/text`, `lr/decoder`, `seconds/decode`, `speed/tokens`."""
+    for ending, group in (("_seconds", "seconds"), ("_per_second", "speed"), ("_loss", "loss")):
+        if name.endswith(ending):
+            return f"{group}/{name.removesuffix(ending)}"
+    return f"lr/{name.removeprefix('lr_')}" if name.startswith("lr_") else f"run/{name}"
+
+
 def _line(record: dict[str, Any]) -> str:
     """One line that a person can follow."""
     phases = " ".join(f"{phase.replace('_', ' ')} {record[f'{phase}_seconds'] * 1e3:.0f}" for phase in PHASES)
+    skipped = f" | skipped {record['skipped_samples']}" if record["skipped_samples"] else ""
     return (
         f"step {record['step']:>6} | text {record['text_loss']:.4f} | image {record['image_loss']:.4f} "
         f"(mean {record['mean_predictor_image_loss']:.4f}) | norm {record['grad_norm']:.3f} | "
-        f"{record['tokens_per_second']:.0f} tokens/s {record['images_per_second']:.1f} images/s | ms: {phases}"
+        f"{record['tokens_per_second']:.0f} tokens/s {record['images_per_second']:.1f} images/s{skipped} | ms: {phases}"
     )

@@ -209,7 +209,7 @@ def test_only_bad_samples_is_an_error_that_repeats(
     write_shard(tmp_path / "s.tar", [RawSample(f"k{i}", {"kind": "none"}) for i in range(3)])
     with Loader(make_config(shards=(f"{tmp_path}/s.tar",)), tokenizer, [1]) as loader:
         for _ in range(2):
-            with pytest.raises(DataError, match=r"slot 1 met 4 unusable samples in a row.*kind is 'none'.*: 4"):
+            with pytest.raises(DataError, match=r"none of the 3 samples can be used.*kind is 'none'"):
                 next(loader)
         assert loader.state() == {1: 0}
 
@@ -276,3 +276,15 @@ def test_wrong_arguments(good: str, tokenizer: Tokenizer, make_config: MakeConfi
     decoder = replace(config.model.decoder, vocab_size=32272)
     with pytest.raises(ConfigError, match="tokenizer has 1272 tokens.*vocab_size is 32272"):
         Loader(replace(config, model=replace(config.model, decoder=decoder)), tokenizer, [0])
+
+
+def test_one_good_sample_among_bad_ones_is_enough(
+    tmp_path: Path, tokenizer: Tokenizer, make_config: MakeConfig
+) -> None:
+    """Fewer samples than slots: each draw is a random one, and a run of bad draws is no proof of anything."""
+    bad = [RawSample(f"k{i}", {"kind": "none"}) for i in range(9)]
+    good = RawSample("good", {"kind": "interleaved", "content": [{"text": "hello"}]})
+    write_shard(tmp_path / "s.tar", [*bad, good])
+    with Loader(make_config(shards=(f"{tmp_path}/s.tar",)), tokenizer, [0, 1]) as loader:
+        for _ in range(3):
+            assert all(set(row.keys) == {"good"} for row in next(loader))
