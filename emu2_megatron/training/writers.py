@@ -52,8 +52,10 @@ class Writers:
                 if name != "step":
                     self.tensorboard.add_scalar(_tag(name), value, record["step"])
         if self.console.is_terminal:
-            # Above the bar; on a narrow terminal without the phases, which the summary has too.
-            line = _line(record) if self.console.width >= 200 else _line(record).partition(" | ms:")[0]
+            # Above the bar; where a terminal is too narrow for one line, the phases go into a second one.
+            line = _line(record)
+            if self.console.width < len(line):
+                line = line.replace(" | ms:", "\n            | ms:")
             self.progress.console.print(line, soft_wrap=True, highlight=False)
         else:
             print(_line(record), flush=True)
