@@ -114,10 +114,11 @@ def test_messages_name_the_tables():
 
 
 def test_the_tables_are_those_the_engine_knows():
-    from emu2_megatron.model.decoder import DTYPES
+    from emu2_megatron.model.decoder import DTYPES, RECOMPUTE
     from emu2_megatron.training.schedules import DECAYS
 
     assert set(validate.PRECISIONS) == set(DTYPES)
+    assert set(validate.RECOMPUTE) == set(RECOMPUTE)
     assert set(validate.LR_SCHEDULES) == set(DECAYS)
 
 
