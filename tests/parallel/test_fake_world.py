@@ -25,7 +25,7 @@ def worker(_rank: int, config: Config) -> dict[str, Any]:
     """What a real rank holds after a real step."""
     here = topology.initialize(config)
     engine = wrap.build(config, here)
-    train_step(engine, config, [harness.batch([1] * 8, 0)[i] for i in here.slots(8)], 0)
+    train_step(engine, config, engine.step.prepare([harness.batch([1] * 8, 0)[i] for i in here.slots(8)]), 0)
     return asdict(fake_world.count(engine))
 
 
@@ -157,7 +157,7 @@ def test_no_trace_is_left() -> None:
             fake_world.built(config, 1, 0)
         here = topology.initialize(config)
         engine = wrap.build(config, here)
-        report = train_step(engine, config, harness.batch([1] * 8, 0), 0)
+        report = train_step(engine, config, engine.step.prepare(harness.batch([1] * 8, 0)), 0)
         # 101 equally likely tokens, nearly: a world with real numbers.
         assert report.text_loss == pytest.approx(math.log(101), rel=0.05)
     finally:
