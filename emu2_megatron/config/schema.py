@@ -151,7 +151,13 @@ class TrainingConfig:
     micro_batch_size: int = 1
     """Packed sequences B that go through the decoder at once."""
     precision: str = "bf16"
-    """bf16 (fp32 master weights and gradient sums) or fp32."""
+    """bf16 or fp16 (both with fp32 master weights and gradient sums; fp16 with a dynamic loss scale), or fp32."""
+    initial_loss_scale: float = 2.0**32
+    """fp16: what the loss is multiplied by at first. An overflow halves it, down to 1, and skips the update. Megatron's
+    default is too large on purpose: every halving costs a step, but gradients that vanish under too small a scale do so
+    silently, and those of a mean over millions of targets are tiny."""
+    loss_scale_window: int = 1000
+    """fp16: updates in a row without an overflow after which the loss scale doubles."""
     recompute: str = "none"
     """What the decoder's backward pass computes again instead of remembering: none, attention (the part whose memory
     grows with S²), or full (every layer: least memory, about a third more FLOPs)."""

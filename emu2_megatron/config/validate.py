@@ -16,7 +16,7 @@ from emu2_megatron.config.describe import yaml_value
 from emu2_megatron.config.schema import Config
 from emu2_megatron.errors import ConfigError
 
-PRECISIONS = ("bf16", "fp32")
+PRECISIONS = ("bf16", "fp16", "fp32")
 LR_SCHEDULES = ("cosine", "linear", "constant")
 RECOMPUTE = ("none", "attention", "full")
 
@@ -176,6 +176,7 @@ _POSITIVE = """
     parallel.tensor_parallel_size parallel.pipeline_parallel_size parallel.virtual_pipeline_parallel_size
     parallel.context_parallel_size
     training.steps training.global_batch_size training.micro_batch_size training.encoder_micro_batch_size
+    training.initial_loss_scale training.loss_scale_window
     optimizer.decoder_lr optimizer.projection_lr optimizer.encoder_lr optimizer.adam_eps logging.every
 """.split()
 _NOT_NEGATIVE = """
@@ -192,6 +193,11 @@ RULES: list[Rule] = [
     _unless_null(_not_negative("optimizer.warmup_steps")),
     _unless_null(_share("optimizer.warmup_ratio")),
     _one_of("training.precision", PRECISIONS),
+    Rule(
+        "training.initial_loss_scale",
+        lambda config: config.training.initial_loss_scale >= 1,
+        lambda _: "legal: 1 or more, 1 is where halving ends",
+    ),
     _one_of("training.recompute", RECOMPUTE),
     _one_of("optimizer.lr_schedule", LR_SCHEDULES),
     Rule(

@@ -29,7 +29,7 @@ from emu2_megatron.ops.interleave import interleave
 from emu2_megatron.ops.regression_loss import squared_error_sum
 from emu2_megatron.platform.device import IS_CUDA
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """training.precision to the dtype of weights and activations."""
 
 
@@ -85,6 +85,7 @@ def transformer_config(config: Config, part_layers: list[int]) -> TransformerCon
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
         # Losses arrive divided by global counts (three_phase): gradients are plain sums over micro-batches and ranks.
         calculate_per_token_loss=True,
         # model/parameters.py initialises by name, so that every layout starts from the same weights.
@@ -199,4 +200,5 @@ class DecoderStage(MegatronModule):
         square_sum = squared_error_sum(
             self.project_down(predictors_TD), batch.features_RE[batch.targets.predicted_rows_T]
         )
-        return text_sum, square_sum
+        # An embedding that overflowed may stand where no loss depends on it. It must show all the same.
+        return text_sum, square_sum + 0 * batch.features_RE.detach().float().sum()

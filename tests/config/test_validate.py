@@ -88,7 +88,7 @@ def test_zero(key):
         ("optimizer__warmup_ratio", 1.0, 1.01),
         ("optimizer__adam_beta1", 0.999, 1.0),
         ("optimizer__adam_beta2", 0.999, 1.0),
-        ("training__precision", "fp32", "fp16"),
+        ("training__precision", "fp16", "fp8"),
         ("optimizer__lr_schedule", "constant", "cosin"),
         ("optimizer__warmup_steps", 20350, 20351),
         ("parallel__tensor_parallel_size", 4, 3),
@@ -109,7 +109,7 @@ def test_legal_neighbours(key, legal, illegal):
 
 
 def test_messages_name_the_tables():
-    assert error_of(changed(TINY, training__precision="fp16")) == "training.precision: fp16; legal: bf16, fp32"
+    assert error_of(changed(TINY, training__precision="fp8")) == "training.precision: fp8; legal: bf16, fp16, fp32"
     assert error_of(changed(TINY, optimizer__lr_schedule="")).endswith("legal: cosine, linear, constant")
 
 
