@@ -93,12 +93,12 @@ class ParallelConfig:
     tensor_parallel_size: int = 1
     """Ranks that share every decoder layer; divides the decoder's attention heads."""
     pipeline_parallel_size: int = 1
-    """Stages the decoder's layers are cut into."""
+    """Stages the decoder's layers are cut into; it need not divide their number."""
     virtual_pipeline_parallel_size: int = 1
     """Parts of each stage, for the interleaved schedule: shorter bubbles, more messages; needs at least two stages."""
     pipeline_layout: tuple[int, ...] | None = None
     """Decoder layers of each stage, first to last (of each part of each stage, in the order data flows, if there are
-    several); null shares them out evenly."""
+    several); null balances them by cost, the output layer's included: evenly wherever that is best."""
     context_parallel_size: int = 1
     """Ranks that share every sequence of the decoder; each holds two chunks of it, so that causal attention is even."""
     overlap_gradients: bool = False

@@ -137,10 +137,6 @@ def _parts(config: Config) -> int:
     return config.parallel.pipeline_parallel_size * config.parallel.virtual_pipeline_parallel_size
 
 
-def _stage_layers(config: Config) -> int:
-    return config.model.decoder.num_layers // config.parallel.pipeline_parallel_size
-
-
 def _sequence_unit(config: Config) -> int:
     """What the sequence length must be a multiple of."""
     parallel = config.parallel
@@ -238,14 +234,8 @@ RULES: list[Rule] = [
     ),
     Rule(
         "parallel.pipeline_parallel_size",
-        lambda config: (
-            config.parallel.pipeline_layout is not None
-            or config.model.decoder.num_layers % config.parallel.pipeline_parallel_size == 0
-        ),
-        lambda config: (
-            f"must divide model.decoder.num_layers {config.model.decoder.num_layers}, legal: "
-            f"{_listed(_divisors(config.model.decoder.num_layers))}; or share them out by parallel.pipeline_layout"
-        ),
+        lambda config: config.parallel.pipeline_parallel_size <= config.model.decoder.num_layers,
+        lambda config: f"legal: up to model.decoder.num_layers {config.model.decoder.num_layers}, one for every stage",
     ),
     Rule(
         "parallel.virtual_pipeline_parallel_size",
@@ -256,12 +246,10 @@ RULES: list[Rule] = [
     ),
     Rule(
         "parallel.virtual_pipeline_parallel_size",
+        lambda config: _parts(config) <= config.model.decoder.num_layers,
         lambda config: (
-            config.parallel.pipeline_layout is not None or config.model.decoder.num_layers % _parts(config) == 0
-        ),
-        lambda config: (
-            f"must divide the {_stage_layers(config)} layers of a stage, legal: "
-            f"{_listed(_divisors(_stage_layers(config)))}; or share them out by parallel.pipeline_layout"
+            f"legal: up to {config.model.decoder.num_layers // config.parallel.pipeline_parallel_size}, for one of "
+            f"model.decoder.num_layers {config.model.decoder.num_layers} in every part of every stage"
         ),
     ),
     Rule(

@@ -92,7 +92,7 @@ def test_zero(key):
         ("optimizer__lr_schedule", "constant", "cosin"),
         ("optimizer__warmup_steps", 20350, 20351),
         ("parallel__tensor_parallel_size", 4, 3),
-        ("parallel__pipeline_parallel_size", 2, 3),
+        ("parallel__pipeline_parallel_size", 3, 5),
         ("model__encoder__num_attention_heads", 7, 5),
         ("model__decoder__num_attention_heads", 8, 3),
         ("model__decoder__num_attention_heads", 64, 128),  # 2 and 1 wide
@@ -135,10 +135,10 @@ def test_tensor_parallel_sizes_of_the_large_model():
 
 
 def test_pipeline_parallel_sizes_of_the_large_model():
-    assert error_of(changed(LARGE, parallel__pipeline_parallel_size=8)) == (
-        "parallel.pipeline_parallel_size: 8; must divide model.decoder.num_layers 60, legal: "
-        "1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60; or share them out by parallel.pipeline_layout"
+    assert error_of(changed(LARGE, parallel__pipeline_parallel_size=61)) == (
+        "parallel.pipeline_parallel_size: 61; legal: up to model.decoder.num_layers 60, one for every stage"
     )
+    assert validate.validate(changed(LARGE, parallel__pipeline_parallel_size=8), 16) == 2
     uneven = (7, 7, 7, 7, 8, 8, 8, 8)
     config = changed(LARGE, parallel__pipeline_parallel_size=8, parallel__pipeline_layout=uneven)
     assert validate.validate(config, 16) == 2
@@ -262,9 +262,10 @@ def test_rules_name_real_keys():
 def test_virtual_pipeline():
     deep = changed(TINY, model__decoder__num_layers=8, parallel__pipeline_parallel_size=2)
     validate.validate(changed(deep, parallel__virtual_pipeline_parallel_size=4), None)
-    assert error_of(changed(deep, parallel__virtual_pipeline_parallel_size=3)) == (
-        "parallel.virtual_pipeline_parallel_size: 3; must divide the 4 layers of a stage, legal: 1, 2, 4; "
-        "or share them out by parallel.pipeline_layout"
+    validate.validate(changed(deep, parallel__virtual_pipeline_parallel_size=3), None)
+    assert error_of(changed(deep, parallel__virtual_pipeline_parallel_size=5)) == (
+        "parallel.virtual_pipeline_parallel_size: 5; legal: up to 4, for one of model.decoder.num_layers 8 in every "
+        "part of every stage"
     )
     layout = (1, 1, 1, 2, 2, 1)
     validate.validate(changed(deep, parallel__virtual_pipeline_parallel_size=3, parallel__pipeline_layout=layout), None)

@@ -97,8 +97,8 @@ def reference(config: Config, batches: list[list[PackedSequence]], skipped: int 
 
     `skipped` steps came before without an update: the learning rate moved on, Adam's count did not.
     """
-    source = parameters.fresh(MODEL, config.training.seed, torch.device("cpu"))
-    weights = {name: source(name).double() for name in parameters.released_shapes(MODEL)}
+    source = parameters.fresh(config.model, config.training.seed, torch.device("cpu"))
+    weights = {name: source(name).double() for name in parameters.released_shapes(config.model)}
     trained = [name for name in weights if config.training.train_encoder or not name.startswith("visual.")]
     optimizer = config.optimizer
     rate = {name: _peak(optimizer, name) for name in trained}
@@ -124,7 +124,7 @@ def reference(config: Config, batches: list[list[PackedSequence]], skipped: int 
             optimizer.clip_grad,
         )
         losses.append([text.item(), image.item(), float(norm)])
-    fresh = {name: source(name).double() for name in parameters.released_shapes(MODEL)}
+    fresh = {name: source(name).double() for name in parameters.released_shapes(config.model)}
     return {
         "gradients": first,
         "losses": losses,
@@ -176,7 +176,7 @@ _references: dict[Any, dict[str, Any]] = {}
 def check(world_size: int, config: Config, pictures: list[list[int]], text: bool = True) -> None:
     """Run a layout and compare everything with the oracle."""
     batches = [harness.batch(counts, seed, text) for seed, counts in enumerate(pictures)]
-    key = (config.training.train_encoder, str(pictures), text)
+    key = (config.training.train_encoder, config.model.decoder.num_layers, str(pictures), text)
     expected = _references.get(key) or _references.setdefault(key, reference(config, batches))
     compare(harness.run(world_size, worker, config, batches), expected, batches)
 
@@ -203,6 +203,8 @@ LAYOUTS = {
     "PP2": (2, {"pp": 2}),
     "PP4": (4, {"pp": 4}),
     "PP2 uneven": (2, {"pp": 2, "layout": (3, 1)}),
+    "PP3 balanced": (3, {"pp": 3}),
+    "PP2 VPP2 balanced": (2, {"pp": 2, "vpp": 2, "layers": 6}),
     "DP2": (2, {}),
     "DP4": (4, {}),
     "TP2 PP2": (4, {"tp": 2, "pp": 2}),
