@@ -159,8 +159,11 @@ class TrainingConfig:
     loss_scale_window: int = 1000
     """fp16: updates in a row without an overflow after which the loss scale doubles."""
     recompute: str = "none"
-    """What the decoder's backward pass computes again instead of remembering: none, attention (the part whose memory
-    grows with S²), or full (every layer: least memory, about a third more FLOPs)."""
+    """What the decoder's backward pass computes again instead of remembering: none, attention (Megatron's selective
+    recompute, of the part whose memory grows with S²), full (every layer: least memory, about a third more FLOPs), or
+    block (whole layers too, but only recompute_layers of them: as few as memory asks for)."""
+    recompute_layers: int = 0
+    """With recompute block, the layers computed again: the first N of every part of the pipeline. Otherwise 0."""
     train_encoder: bool = False
     """Train the visual encoder (stage 1) or leave it frozen (stage 2)."""
     encoder_micro_batch_size: int = 16

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from emu2_megatron.config.describe import yaml_value
+from emu2_megatron.config.layout import part_layers
 from emu2_megatron.config.schema import Config
 from emu2_megatron.errors import ConfigError
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 LR_SCHEDULES = ("cosine", "linear", "constant")
-RECOMPUTE = ("none", "attention", "full")
+RECOMPUTE = ("none", "attention", "full", "block")
 
 _PICTURE_FRAME = 4
 """Tokens of a sequence with one picture besides its visual embeddings: `<s>`, `[IMG]`, `[/IMG]`, `</s>`."""
@@ -151,6 +152,17 @@ def _layout_fits(config: Config) -> bool:
     )
 
 
+def _recompute_fits(config: Config) -> bool:
+    layers = config.training.recompute_layers
+    return 0 < layers <= max(part_layers(config)) if config.training.recompute == "block" else layers == 0
+
+
+def _legal_recompute(config: Config) -> str:
+    if config.training.recompute != "block":
+        return f"training.recompute is {config.training.recompute}, legal: 0; or training.recompute=block"
+    return f"legal with training.recompute block: 1 to {max(part_layers(config))}, the layers of the largest part"
+
+
 def _longest_picture(config: Config) -> int:
     return max(config.model.image_queries, config.model.frame_queries) + _PICTURE_FRAME
 
@@ -176,7 +188,8 @@ _POSITIVE = """
     optimizer.decoder_lr optimizer.projection_lr optimizer.encoder_lr optimizer.adam_eps logging.every
 """.split()
 _NOT_NEGATIVE = """
-    training.text_loss_weight training.image_loss_weight training.seed optimizer.weight_decay optimizer.clip_grad
+    training.text_loss_weight training.image_loss_weight training.seed training.recompute_layers
+    optimizer.weight_decay optimizer.clip_grad
     checkpoint.every
 """.split()
 
@@ -273,6 +286,7 @@ RULES: list[Rule] = [
             f"more, that add up to model.decoder.num_layers {config.model.decoder.num_layers}; or null"
         ),
     ),
+    Rule("training.recompute_layers", _recompute_fits, _legal_recompute),
     Rule(
         "data.sequence_length",
         lambda config: config.data.sequence_length <= config.model.decoder.max_position_embeddings,

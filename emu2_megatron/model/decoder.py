@@ -49,8 +49,9 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "attention": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "block": {"recompute_granularity": "full", "recompute_method": "block"},
 }
-"""training.recompute to megatron-core's settings."""
+"""training.recompute to megatron-core's settings; block's recompute_num_layers is training.recompute_layers."""
 
 
 def transformer_config(config: Config, part_layers: list[int]) -> TransformerConfig:
@@ -62,6 +63,9 @@ def transformer_config(config: Config, part_layers: list[int]) -> TransformerCon
     """
     decoder, parallel = config.model.decoder, config.parallel
     dtype = DTYPES[config.training.precision]
+    recompute = dict(RECOMPUTE[config.training.recompute])
+    if recompute.get("recompute_method") == "block":
+        recompute["recompute_num_layers"] = config.training.recompute_layers
     stages: list[list[str]] = [["decoder"] * layers for layers in part_layers]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
@@ -98,7 +102,7 @@ def transformer_config(config: Config, part_layers: list[int]) -> TransformerCon
         bias_activation_fusion=IS_CUDA,
         apply_rope_fusion=False,
         batch_p2p_comm=IS_CUDA,
-        **RECOMPUTE[config.training.recompute],
+        **recompute,
     )
 
 

@@ -59,6 +59,7 @@ MAY_BE_ZERO = {
     "data.image_first_probability",
     "training.text_loss_weight",
     "training.image_loss_weight",
+    "training.recompute_layers",
     "training.seed",
     "optimizer.adam_beta1",
     "optimizer.adam_beta2",
@@ -301,3 +302,19 @@ def test_context_parallel_ranks_count_as_processes():
     )
     assert validate.validate(config, 16) == 2
     assert "context_parallel_size 2, legal: a multiple of 8 processes" in error_of(config, 12)
+
+
+def test_recompute_layers():
+    config = changed(TINY, parallel__pipeline_parallel_size=3)  # 1, 2 and 1 layers
+    block = changed(config, training__recompute="block")
+    for layers in (1, 2):
+        validate.validate(changed(block, training__recompute_layers=layers), None)
+    for layers in (0, 3):
+        assert error_of(changed(block, training__recompute_layers=layers)) == (
+            f"training.recompute_layers: {layers}; legal with training.recompute block: 1 to 2, the layers of the "
+            "largest part"
+        )
+    for recompute in ("none", "attention", "full"):
+        assert error_of(changed(config, training__recompute=recompute, training__recompute_layers=1)) == (
+            f"training.recompute_layers: 1; training.recompute is {recompute}, legal: 0; or training.recompute=block"
+        )

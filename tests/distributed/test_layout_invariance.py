@@ -4,6 +4,7 @@ The oracle is `tests/oracle.py` in float64: plain autograd through encoder and d
 megatron-core. Both start from `initial_value(seed, name)`, so a parameter that a layout fills differently shows too.
 """
 
+from functools import partial
 from typing import Any
 
 import harness
@@ -241,9 +242,44 @@ def test_kept_activations() -> None:
     check(4, harness.config(tp=2, pp=2, train_encoder=True, encoder_keep_activations=True), MIXED)
 
 
-@pytest.mark.parametrize("recompute", ["attention", "full"])
-def test_recompute(recompute: str) -> None:
-    check(4, harness.config(tp=2, sp=True, pp=2, train_encoder=True, recompute=recompute), MIXED)
+@pytest.mark.parametrize(("recompute", "layers"), [("attention", 0), ("full", 0), ("block", 1), ("block", 2)])
+def test_recompute(recompute: str, layers: int) -> None:
+    """On stages of three layers and of one: block recomputes fewer than there are, or all of them."""
+    training = {"recompute": recompute, "recompute_layers": layers}
+    check(4, harness.config(tp=2, sp=True, pp=2, layout=(3, 1), train_encoder=True, **training), MIXED)
+
+
+def passes(_rank: int, config: Config, sequences: list[PackedSequence]) -> dict[str, Any]:
+    """How often each layer of this rank runs forward for a batch, for every micro-batch."""
+    here = topology.initialize(config)
+    engine = wrap.build(config, here)
+    layers = [layer for stage in engine.stages for layer in stage.decoder.layers]
+    counts = [0] * len(layers)
+
+    def count(i: int, *_: Any) -> None:
+        counts[i] += 1
+
+    for i, layer in enumerate(layers):
+        layer.register_forward_hook(partial(count, i))
+    engine.step([sequences[i] for i in here.slots(len(sequences))])
+    return {"passes": [n * config.training.micro_batch_size / len(sequences) for n in counts]}
+
+
+@pytest.mark.parametrize(
+    ("recompute", "layers", "wanted"),
+    [
+        ("none", 0, [[1, 1, 1], [1, 1, 1]]),
+        ("attention", 0, [[1, 1, 1], [1, 1, 1]]),
+        ("full", 0, [[2, 2, 2], [2, 2, 2]]),
+        ("block", 1, [[2, 2, 1], [2, 1, 2]]),
+        ("block", 2, [[2, 2, 2], [2, 2, 2]]),
+    ],
+)
+def test_recomputed_layers_run_twice(recompute: str, layers: int, wanted: list[list[float]]) -> None:
+    """PP2 VPP2 with parts of 1, 2, 2, 1 layers: stage 0 holds parts 0 and 2, stage 1 parts 1 and 3."""
+    config = harness.config(pp=2, vpp=2, layers=6, recompute=recompute, recompute_layers=layers)
+    results = harness.run(2, passes, config, harness.batch(MIXED[0], 0))
+    assert [result["passes"] for result in results] == wanted
 
 
 @pytest.mark.parametrize("train_encoder", [False, True], ids=["frozen", "trained"])
