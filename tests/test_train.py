@@ -119,3 +119,27 @@ def test_a_model_too_large_for_the_machine(shards: Path, tmp_path: Path) -> None
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "GiB" in done.stderr or "GPUs" in done.stderr
+
+
+def test_fp8_that_is_not_there(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """megatron-core would train in bf16 without a word."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = emu2(
+        "train", "--config", "tiny_interleaved", f"data.shards=[{shards}/*.tar]", f"logging.directory={tmp_path}/run",
+        "training.precision=bf16", "fp8.recipe=current", "model.decoder.ffn_hidden_size=352",
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("emu2: fp8.recipe: current; needs a GPU and Transformer Engine")
+    assert "fp8.emulate=true" in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_fp8_emulated(shards: Path, tmp_path: Path) -> None:
+    """It runs on two ranks, and says once what it is."""
+    done = emu2(
+        "train", "--config", "tiny_interleaved", f"data.shards=[{shards}/*.tar]", f"logging.directory={tmp_path}",
+        "parallel.tensor_parallel_size=1", "parallel.data_parallel_size=1", "training.steps=2",
+        "training.precision=bf16", "fp8.recipe=delayed", "fp8.emulate=true",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("FP8 IS EMULATED (recipe delayed)") == 1
+    assert (tmp_path / "log.jsonl").read_text().count("\n") == 2

@@ -183,6 +183,33 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class Fp8Config:
+    """Products of the linear layers in FP8, by Transformer Engine or emulated. Embedding, output layer, projections,
+    norms and attention stay bf16."""
+
+    recipe: str = "none"
+    """How scales are found: none (bf16), delayed (from earlier micro-batches), current (from the tensor itself), block
+    (blocks of 128; CUDA 12.9) or mxfp8 (blocks of 32; Blackwell)."""
+    emulate: bool = False
+    """Round the operands in plain PyTorch and multiply in fp32: the recipe's numbers without Transformer Engine, slower
+    than bf16, for tests of convergence only."""
+    decoder: bool = True
+    """Use it in the decoder's layers."""
+    encoder: bool = False
+    """Use it in the encoder's blocks; not with delayed."""
+    first_layers_bf16: int = 0
+    """Decoder layers at the start that stay bf16; not with delayed."""
+    last_layers_bf16: int = 0
+    """Decoder layers at the end that stay bf16; not with delayed."""
+    amax_history: int = 1024
+    """Micro-batches whose largest values delayed looks back on."""
+    amax_compute: str = "max"
+    """What delayed takes from its history: max or most_recent."""
+    margin: int = 0
+    """Powers of two by which delayed keeps below a format's largest value."""
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     """What a run leaves behind besides weights."""
 
@@ -216,6 +243,8 @@ class Config:
     """The layout."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The batch and the objective."""
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+    """FP8."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)

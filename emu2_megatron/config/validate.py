@@ -20,6 +20,8 @@ from emu2_megatron.errors import ConfigError
 PRECISIONS = ("bf16", "fp16", "fp32")
 LR_SCHEDULES = ("cosine", "linear", "constant")
 RECOMPUTE = ("none", "attention", "full", "block")
+FP8_RECIPES = ("none", "delayed", "current", "block", "mxfp8")
+AMAX_COMPUTE = ("max", "most_recent")
 
 _PICTURE_FRAME = 4
 """Tokens of a sequence with one picture besides its visual embeddings: `<s>`, `[IMG]`, `[/IMG]`, `</s>`."""
@@ -138,6 +140,10 @@ def _parts(config: Config) -> int:
     return config.parallel.pipeline_parallel_size * config.parallel.virtual_pipeline_parallel_size
 
 
+def _stage_layers(config: Config) -> int:
+    return config.model.decoder.num_layers // config.parallel.pipeline_parallel_size
+
+
 def _sequence_unit(config: Config) -> int:
     """What the sequence length must be a multiple of."""
     parallel = config.parallel
@@ -171,6 +177,47 @@ def _warmup_fits(config: Config) -> bool:
     return config.optimizer.warmup_steps is None or config.optimizer.warmup_steps <= config.training.steps
 
 
+def _fp8_unit(config: Config) -> int:
+    """What Transformer Engine wants every dimension of an FP8 operand to be a multiple of."""
+    return 32 if config.fp8.recipe == "mxfp8" else 16
+
+
+def _odd_fp8_sizes(config: Config) -> list[str]:
+    """Dimensions of FP8 operands on one rank that Transformer Engine refuses, in words."""
+    encoder, decoder, parallel = config.model.encoder, config.model.decoder, config.parallel
+    tensor = parallel.tensor_parallel_size
+    tokens = config.data.sequence_length * config.training.micro_batch_size // parallel.context_parallel_size
+    sizes: dict[str, int] = {}
+    if config.fp8.encoder:  # pictures' tokens are padded
+        sizes["a model.encoder.hidden_size"] = encoder.hidden_size
+        sizes["a model.encoder.ffn_hidden_size"] = encoder.ffn_hidden_size
+    if config.fp8.decoder:
+        sizes["a rank's share of model.decoder.hidden_size"] = decoder.hidden_size // tensor
+        sizes["a rank's share of model.decoder.ffn_hidden_size"] = decoder.ffn_hidden_size // tensor
+        sizes["a rank's share of a micro-batch's tokens"] = tokens // (tensor if parallel.sequence_parallel else 1)
+    return [f"{name} is {size}" for name, size in sizes.items() if size % _fp8_unit(config)]
+
+
+def _none_with_delayed(key: str) -> Rule:
+    return Rule(
+        key,
+        lambda config: _value(config, key) == 0 or config.fp8.recipe != "delayed",
+        lambda _: "megatron-core cannot leave layers out of delayed scaling, legal: 0, or fp8.recipe=current",
+    )
+
+
+def _within_a_stage(key: str) -> Rule:
+    return Rule(
+        key,
+        lambda config: config.fp8.recipe == "none" or _value(config, key) <= _stage_layers(config),
+        lambda config: (
+            "megatron-core keeps no more than num_layers / pipeline_parallel_size layers at an end in bf16, legal: "
+            f"0 to {_stage_layers(config)}"
+        ),
+    )
+
+
+_BF16_LAYERS = ("fp8.first_layers_bf16", "fp8.last_layers_bf16")
 _GIVE_TOKENIZER = "give the path of a SentencePiece tokenizer.model"
 _MAKE_SHARDS = "give tar shards, `python tools/make_shards.py --help` makes them"
 
@@ -186,11 +233,13 @@ _POSITIVE = """
     training.steps training.global_batch_size training.micro_batch_size training.encoder_micro_batch_size
     training.initial_loss_scale training.loss_scale_window
     optimizer.decoder_lr optimizer.projection_lr optimizer.encoder_lr optimizer.adam_eps logging.every
+    fp8.amax_history
 """.split()
 _NOT_NEGATIVE = """
     training.text_loss_weight training.image_loss_weight training.seed training.recompute_layers
     optimizer.weight_decay optimizer.clip_grad
     checkpoint.every
+    fp8.first_layers_bf16 fp8.last_layers_bf16 fp8.margin
 """.split()
 
 RULES: list[Rule] = [
@@ -209,6 +258,8 @@ RULES: list[Rule] = [
     ),
     _one_of("training.recompute", RECOMPUTE),
     _one_of("optimizer.lr_schedule", LR_SCHEDULES),
+    _one_of("fp8.recipe", FP8_RECIPES),
+    _one_of("fp8.amax_compute", AMAX_COMPUTE),
     Rule(
         "optimizer.warmup_steps",
         lambda config: config.optimizer.warmup_steps is None or config.optimizer.warmup_ratio is None,
@@ -305,6 +356,51 @@ RULES: list[Rule] = [
         lambda config: (
             f"too short for one picture; legal: {_longest_picture(config)} or more (its visual embeddings "
             f"and {_PICTURE_FRAME} tokens around them)"
+        ),
+    ),
+    Rule(
+        "fp8.emulate",
+        lambda config: not config.fp8.emulate or config.fp8.recipe != "none",
+        lambda _: f"fp8.recipe is none; choose what to emulate: {', '.join(FP8_RECIPES[1:])}",
+    ),
+    Rule(
+        "fp8.recipe",
+        lambda config: config.fp8.recipe == "none" or config.training.precision == "bf16",
+        lambda config: f"needs training.precision bf16 and it is {config.training.precision}, legal: none",
+    ),
+    Rule(
+        "fp8.recipe",
+        lambda config: config.fp8.recipe == "none" or config.fp8.decoder or config.fp8.encoder,
+        lambda _: "neither fp8.decoder nor fp8.encoder is true, legal: none",
+    ),
+    Rule(
+        "fp8.encoder",
+        lambda config: not config.fp8.encoder or config.fp8.recipe != "delayed",
+        lambda _: (
+            "delayed scaling compares all ranks after every chunk of pictures, and not all have equally many, legal: "
+            "false, or fp8.recipe=current"
+        ),
+    ),
+    *map(_none_with_delayed, _BF16_LAYERS),
+    *map(_within_a_stage, _BF16_LAYERS),
+    Rule(
+        "fp8.last_layers_bf16",
+        lambda config: (
+            config.fp8.first_layers_bf16 + config.fp8.last_layers_bf16 < config.model.decoder.num_layers
+            or config.fp8.recipe == "none"
+        ),
+        lambda config: (
+            f"with first_layers_bf16 {config.fp8.first_layers_bf16} leaves none of "
+            f"{config.model.decoder.num_layers} layers in FP8, legal: below "
+            f"{config.model.decoder.num_layers - config.fp8.first_layers_bf16}"
+        ),
+    ),
+    Rule(
+        "fp8.recipe",
+        lambda config: config.fp8.recipe == "none" or config.fp8.emulate or not _odd_fp8_sizes(config),
+        lambda config: (
+            f"Transformer Engine needs multiples of {_fp8_unit(config)} and {_odd_fp8_sizes(config)[0]}, legal: none, "
+            "or fp8.emulate=true"
         ),
     ),
     Rule("data.shards", lambda config: len(config.data.shards) > 0, lambda _: _MAKE_SHARDS),

@@ -12,13 +12,12 @@ from emu2_megatron.config.schema import Config
 from emu2_megatron.data.sequence import Features
 from emu2_megatron.data.shards import RawSample
 from emu2_megatron.errors import ConfigError, DataError
+from emu2_megatron.platform.precision import DTYPES
 
 EXTENSION = "safetensors"
 """What a member with features ends with."""
 ENCODER = "encoder"
 """Field of the sample's JSON: the fingerprint of the encoder."""
-
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def to_bytes(rows_QE: torch.Tensor) -> bytes:
@@ -41,7 +40,7 @@ def read_features(raw: RawSample, name: str, config: Config) -> Features:
     if not isinstance(encoder, str):
         raise DataError(f"features cannot be read: {raw.key}.json does not name their {ENCODER}")
     queries, width = config.model.image_queries, config.model.encoder.hidden_size
-    dtype = _DTYPES[config.training.precision]
+    dtype = DTYPES[config.training.precision]
     for key, wanted, found in (
         ("model.image_queries", queries, rows_QE.shape[0]),
         ("model.encoder.hidden_size", width, rows_QE.shape[-1]),

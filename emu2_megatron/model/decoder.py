@@ -7,6 +7,7 @@ Shapes: S sequence, B micro-batch, D decoder width, E encoder width, V vocabular
 T regressed rows of it.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +22,15 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from emu2_megatron.config.schema import Config, ModelConfig
+from emu2_megatron.config.schema import Config, Fp8Config, ModelConfig
 from emu2_megatron.data.batch import Targets
+from emu2_megatron.model import fp8
 from emu2_megatron.model.layer_specs import block_submodules
 from emu2_megatron.model.parameters import mark_tensor_parallel
 from emu2_megatron.ops.interleave import interleave
 from emu2_megatron.ops.regression_loss import squared_error_sum
 from emu2_megatron.platform.device import IS_CUDA
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""training.precision to the dtype of weights and activations."""
+from emu2_megatron.platform.precision import DTYPES
 
 
 @dataclass
@@ -103,6 +103,7 @@ def transformer_config(config: Config, part_layers: list[int]) -> TransformerCon
         apply_rope_fusion=False,
         batch_p2p_comm=IS_CUDA,
         **recompute,
+        **fp8.decoder_settings(config),
     )
 
 
@@ -117,9 +118,17 @@ class DecoderStage(MegatronModule):
 
     share_embeddings_and_output_weights = False  # read by megatron-core's gradient finalisation
 
-    def __init__(self, config: TransformerConfig, model: ModelConfig, part_layers: list[int], part: int = 0) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        model: ModelConfig,
+        part_layers: list[int],
+        part: int = 0,
+        fp8_config: Fp8Config | None = None,
+    ) -> None:
         """Part `part` of the pipeline; see `parallel/layout.py` for parts, virtual ones included."""
         super().__init__(config=config)
+        fp8_config = fp8_config or Fp8Config()
         pre_process, post_process = part == 0, part == len(part_layers) - 1
         # megatron-core's name for the number of a part among those of its rank, if there are several.
         virtual = config.virtual_pipeline_model_parallel_size
@@ -143,11 +152,12 @@ class DecoderStage(MegatronModule):
         )
         self.decoder = TransformerBlock(
             config,
-            block_submodules(part_layers[part]),
+            block_submodules(part_layers[part], fp8_config.emulate),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=self.vp_stage,
         )
+        self.delayed_scaling = fp8.emulate_decoder(self.decoder.layers, model.decoder.num_layers, fp8_config)
         if post_process:
             self.output_layer = ColumnParallelLinear(
                 width, padded, config=config, init_method=lambda weight: weight, bias=False, gather_output=False
@@ -177,7 +187,13 @@ class DecoderStage(MegatronModule):
             visual_RD = self.project_up(batch.features_RE[batch.targets.visual_rows_R])
             hidden_SBD = interleave(hidden_SBD, visual_RD, batch.targets.visual_positions_R)
         length = batch.tokens_BS.shape[1] * self.config.context_parallel_size
-        hidden: Tensor = self.decoder(hidden_states=hidden_SBD, attention_mask=None, rotary_pos_emb=self.rotary(length))
+        scaling: Any = nullcontext()
+        if self.delayed_scaling:
+            scaling = self.delayed_scaling.micro_batch(self.decoder.input_tensor if hidden_SBD is None else hidden_SBD)
+        with scaling:
+            hidden: Tensor = self.decoder(
+                hidden_states=hidden_SBD, attention_mask=None, rotary_pos_emb=self.rotary(length)
+            )
         return hidden
 
     def logits(self, hidden_SBD: Tensor) -> Tensor:

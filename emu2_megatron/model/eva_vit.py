@@ -8,7 +8,7 @@ Shapes: I images, P = 1 + patches tokens (CLS first), E width, N heads, H head w
 R = rows of all pictures together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from math import isqrt
 
@@ -19,6 +19,15 @@ from torch.nn import functional as F
 from emu2_megatron.config.schema import EncoderConfig
 
 
+class Linear(nn.Linear):
+    """`nn.Linear` whose bias may be given, and whose product may be replaced by one in FP8 (`model/fp8.py`)."""
+
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = staticmethod(F.linear)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self.product(x, self.weight, self.bias if bias is None else bias)
+
+
 class Attention(nn.Module):
     """Full bidirectional self-attention over the patches, one fused qkv matrix with rows q | k | v."""
 
@@ -26,17 +35,15 @@ class Attention(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.heads = config.num_attention_heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(self, x_IPE: Tensor) -> Tensor:
         I, P, E = x_IPE.shape  # noqa: E741
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        q_INPH, k_INPH, v_INPH = (
-            F.linear(x_IPE, self.qkv.weight, bias).view(I, P, 3, self.heads, E // self.heads).permute(2, 0, 3, 1, 4)
-        )
+        q_INPH, k_INPH, v_INPH = self.qkv(x_IPE, bias).view(I, P, 3, self.heads, E // self.heads).permute(2, 0, 3, 1, 4)
         attended_INPH = F.scaled_dot_product_attention(q_INPH, k_INPH, v_INPH)
         out: Tensor = self.proj(attended_INPH.transpose(1, 2).reshape(I, P, E))
         return out
@@ -47,8 +54,8 @@ class Mlp(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.ffn_hidden_size)
-        self.fc2 = nn.Linear(config.ffn_hidden_size, config.hidden_size)
+        self.fc1 = Linear(config.hidden_size, config.ffn_hidden_size)
+        self.fc2 = Linear(config.ffn_hidden_size, config.hidden_size)
 
     def forward(self, x_IPE: Tensor) -> Tensor:
         out: Tensor = self.fc2(F.gelu(self.fc1(x_IPE)))

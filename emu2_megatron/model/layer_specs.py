@@ -86,9 +86,14 @@ def _visible(length: int, cp_rank: int, cp_size: int) -> Tensor:
     return positions[cp_rank][:, None] >= torch.cat(positions)
 
 
-def block_submodules(num_layers: int) -> TransformerBlockSubmodules:
-    """The layers of one pipeline stage, and the final norm (built on the last stage only)."""
-    if kernels.has_transformer_engine():
+def block_submodules(num_layers: int, emulate_fp8: bool = False) -> TransformerBlockSubmodules:
+    """The layers of one pipeline stage, and the final norm (built on the last stage only).
+
+    Args:
+        num_layers: how many.
+        emulate_fp8: take PyTorch's even where Transformer Engine is: they are what the emulation can change.
+    """
+    if kernels.has_transformer_engine() and not emulate_fp8:
         from megatron.core.extensions.transformer_engine import TENorm
 
         spec, norm = get_gpt_layer_with_transformer_engine_spec(), TENorm

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from emu2_megatron.config.schema import ModelConfig
+from emu2_megatron.config.schema import Fp8Config, ModelConfig
 from emu2_megatron.errors import ConversionError
 
 _LM = "decoder.lm."
@@ -216,13 +216,14 @@ def _checked(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def fingerprint(module: nn.Module) -> str:
-    """16 hexadecimal digits that depend on every bit, name and dtype of a module's parameters, and not on the device.
+def fingerprint(encoder: nn.Module, fp8: Fp8Config) -> str:
+    """16 hexadecimal digits that say whose features are whose: they depend on every bit, name and dtype of the encoder's
+    parameters and on its recipe of FP8, and not on the device.
 
     Integer sums over the bits of each tensor, so that billions of numbers cost a read of the memory and not a hash.
     """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
+    digest = hashlib.sha256(fp8.recipe.encode() if fp8.encoder else b"none")
+    for name, parameter in sorted(encoder.named_parameters()):
         bits = parameter.detach().flatten().view({2: torch.int16, 4: torch.int32}[parameter.element_size()])
         sums = [0, 0]
         for start in range(0, len(bits), 2**24):  # 128 MiB at a time as int64

@@ -22,12 +22,13 @@ from emu2_megatron.data.batch import Targets, share, targets
 from emu2_megatron.data.decode import normalize
 from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL, VISUAL_TARGET, Features, PackedSequence
 from emu2_megatron.errors import ConfigError
-from emu2_megatron.model.decoder import DTYPES, DecoderStage, MicroBatch
+from emu2_megatron.model.decoder import DecoderStage, MicroBatch
 from emu2_megatron.model.parameters import fingerprint
 from emu2_megatron.parallel import exchange, topology
 from emu2_megatron.parallel.topology import Topology
 from emu2_megatron.platform.background import background
 from emu2_megatron.platform.device import device, synchronize, to_device
+from emu2_megatron.platform.precision import DTYPES
 
 PHASES = ("exchange", "encode", "decode", "encoder_backward")
 """Names of the timed phases. Loading is timed by the loop."""
@@ -172,7 +173,7 @@ class ThreePhaseStep:
                 "legal: false, or shards with pictures"
             )
         if features and self.fingerprint is None:
-            self.fingerprint = fingerprint(self.encoder)
+            self.fingerprint = fingerprint(self.encoder, self.config.fp8)
         if others := {f.encoder for f in features} - {self.fingerprint}:
             raise ConfigError(
                 f"data.shards: precomputed features are from encoder {others.pop()}, this run's is {self.fingerprint}; "

@@ -18,14 +18,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from emu2_megatron.config.schema import Config, OptimizerConfig
-from emu2_megatron.model import parameters
-from emu2_megatron.model.decoder import DTYPES, DecoderStage, transformer_config
+from emu2_megatron.model import fp8, parameters
+from emu2_megatron.model.decoder import DecoderStage, transformer_config
 from emu2_megatron.model.eva_vit import EvaVisionTransformer
 from emu2_megatron.parallel import layout, loss_scale, topology
 from emu2_megatron.parallel.loss_scale import SharedLossScale
 from emu2_megatron.parallel.three_phase import ThreePhaseStep
 from emu2_megatron.parallel.topology import Topology
+from emu2_megatron.platform import kernels
 from emu2_megatron.platform.device import device
+from emu2_megatron.platform.precision import DTYPES
 
 PARTS = ("decoder", "projection", "encoder")
 """Parts of the model with a learning rate of their own: `optimizer.<part>_lr`."""
@@ -68,12 +70,16 @@ def build(config: Config, here: Topology, source: parameters.Source | None = Non
         config: a validated configuration.
         here: this rank's place.
         source: where weights come from; None initialises them from (seed, name).
+
+    Raises:
+        ConfigError: FP8 is wanted and this machine cannot.
     """
+    kernels.require_fp8(config.fp8)
     source = source or _fresh(config)
     layers, parts = layout.part_layers(config), layout.parts_of(config, here.pp_rank)
     first_layers = [layout.first_layer(layers, part) for part in parts]
     core_config = transformer_config(config, layers)
-    stages = [DecoderStage(core_config, config.model, layers, part).to(device()) for part in parts]
+    stages = [DecoderStage(core_config, config.model, layers, part, config.fp8).to(device()) for part in parts]
     for stage, first_layer in zip(stages, first_layers, strict=True):
         parameters.fill_decoder(stage, config.model, source, first_layer, here.tp_rank, here.tp_size)
     encoder = build_encoder(config, source)
@@ -120,6 +126,7 @@ def build_encoder(config: Config, source: parameters.Source | None = None) -> Ev
         encoder = EvaVisionTransformer(config.model.encoder).to(DTYPES[config.training.precision])
     encoder.to_empty(device=device())
     parameters.fill_encoder(encoder, config.model, source or _fresh(config))
+    fp8.convert_encoder(encoder, config.fp8)
     return encoder
 
 

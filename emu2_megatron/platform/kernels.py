@@ -4,12 +4,23 @@ Packages are looked for, not imported: Transformer Engine takes seconds to load 
 megatron-core, which would import it, so that `emu2 doctor` works where either is broken.
 """
 
+import importlib
 import importlib.util
 from pathlib import Path
 
 import torch
 
 import emu2_megatron
+from emu2_megatron.config.schema import Fp8Config
+from emu2_megatron.errors import ConfigError
+
+_FP8_CHECKS = {
+    "delayed": "check_fp8_support",
+    "current": "check_fp8_support",
+    "block": "check_fp8_block_scaling_support",
+    "mxfp8": "check_mxfp8_support",
+}
+"""fp8.recipe to Transformer Engine's function that says whether this GPU and CUDA can."""
 
 
 def has_transformer_engine() -> bool:
@@ -20,6 +31,27 @@ def has_transformer_engine() -> bool:
 def has_apex() -> bool:
     """Whether NVIDIA's apex can be used (PyPI's package of that name is another one, without optimizers)."""
     return torch.cuda.is_available() and _installed("apex", "optimizers")
+
+
+def require_fp8(fp8: Fp8Config) -> None:
+    """Refuse FP8 that this machine cannot run: megatron-core would train in bf16 without a word.
+
+    Raises:
+        ConfigError: neither Transformer Engine nor emulation, or a GPU or CUDA too old for the recipe.
+    """
+    if fp8.recipe == "none" or fp8.emulate:
+        return
+    if not has_transformer_engine():
+        raise ConfigError(
+            f"fp8.recipe: {fp8.recipe}; needs a GPU and Transformer Engine (pip install -e .[te]), which are not here; "
+            "legal: none, or fp8.emulate=true, slow and for tests of convergence"
+        )
+    old = importlib.util.find_spec("transformer_engine.pytorch.quantization") is None  # before 2.8
+    module = importlib.import_module("transformer_engine.pytorch." + ("fp8" if old else "quantization"))
+    check = getattr(module, _FP8_CHECKS[fp8.recipe], None)
+    supported, reason = check() if check else (False, "this version of Transformer Engine does not have it")
+    if not supported:
+        raise ConfigError(f"fp8.recipe: {fp8.recipe}; {reason}; legal here: another recipe, or fp8.emulate=true")
 
 
 def in_use() -> dict[str, str]:
@@ -35,7 +67,7 @@ def in_use() -> dict[str, str]:
         "attention": "Transformer Engine" if engine else "PyTorch scaled_dot_product_attention",
         "norm": "Transformer Engine" if engine else "PyTorch",
         "linear": "Transformer Engine" if engine else "megatron-core's parallel linears",
-        "fp8": "available, not used" if engine else "not available",
+        "fp8": "Transformer Engine, if fp8.recipe asks for it" if engine else "only emulated (fp8.emulate)",
         "optimizer": adam,
         "interleave and regression loss": "compiled (csrc)" if libraries else "PyTorch",
     }

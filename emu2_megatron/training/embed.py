@@ -25,11 +25,11 @@ from emu2_megatron.data.features import ENCODER, EXTENSION, to_bytes
 from emu2_megatron.data.samples import reason_of
 from emu2_megatron.data.shards import RawSample, ShardIndex, shard_paths, write_shard
 from emu2_megatron.errors import ConfigError, DataError
-from emu2_megatron.model.decoder import DTYPES
 from emu2_megatron.model.eva_vit import EvaVisionTransformer
 from emu2_megatron.model.parameters import fingerprint
 from emu2_megatron.parallel.wrap import build_encoder
 from emu2_megatron.platform.device import activate, to_device
+from emu2_megatron.platform.precision import DTYPES
 
 _UNUSABLE = "unusable"
 """`kind` of a sample that takes the place of one whose JSON cannot be read."""
@@ -58,7 +58,7 @@ def embed(config: Config, output: Path) -> Counter[str]:
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     targets = {path: output / os.path.relpath(os.path.abspath(path), root) for path in paths}
     encoder = build_encoder(config).requires_grad_(False).eval()
-    name = fingerprint(encoder)
+    name = fingerprint(encoder, config.fp8)
     for path, target in targets.items():
         if target.exists() and target.samefile(path):
             raise ConfigError(f"--output: {output} is where data.shards come from; choose another folder")

@@ -13,15 +13,18 @@ from emu2_megatron.config.schema import Config
 from emu2_megatron.config.validate import replica_size
 from emu2_megatron.data.tokenizer import tokenizer_for
 from emu2_megatron.errors import ConfigError, Emu2Error
+from emu2_megatron.platform import kernels
 
 
 def train(config: Config, nproc_per_node: int | None = None) -> None:
     """Train: as one rank of torchrun's world if there is one, else with as many processes as the layout needs.
 
     Raises:
-        ConfigError: this machine cannot hold the processes or the model, or an earlier run's checkpoints are there.
+        ConfigError: this machine cannot hold the processes or the model or cannot run FP8, or an earlier run's
+            checkpoints are there.
         Emu2Error: a rank failed.
     """
+    kernels.require_fp8(config.fp8)
     _check_directory(config)
     tokenizer_for(config)  # a wrong one is cheaper to notice before the model is built
     if "RANK" in os.environ:
@@ -42,6 +45,12 @@ def _run(config: Config) -> None:
 
     if os.environ.get("RANK", "0") == "0" and (line := _layout_line(config)):
         print(line, flush=True)
+    if config.fp8.emulate and os.environ.get("RANK", "0") == "0":
+        print(
+            f"FP8 IS EMULATED (recipe {config.fp8.recipe}) in plain PyTorch, to show how training converges: slower "
+            "than bf16, and its times say nothing about a GPU.",
+            flush=True,
+        )
     loop.run(config)
 
 

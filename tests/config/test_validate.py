@@ -69,6 +69,9 @@ MAY_BE_ZERO = {
     "optimizer.warmup_steps",
     "optimizer.warmup_ratio",
     "checkpoint.every",
+    "fp8.first_layers_bf16",
+    "fp8.last_layers_bf16",
+    "fp8.margin",
 }
 
 
@@ -102,6 +105,8 @@ def test_zero(key):
         ("model__frame_queries", 16, 64),
         ("data__sequence_length", 2048, 2049),
         ("data__sequence_length", 8, 7),
+        ("fp8__recipe", "none", "fp8"),
+        ("fp8__amax_compute", "most_recent", "mean"),
     ],
 )
 def test_legal_neighbours(key, legal, illegal):
@@ -115,10 +120,15 @@ def test_messages_name_the_tables():
 
 
 def test_the_tables_are_those_the_engine_knows():
-    from emu2_megatron.model.decoder import DTYPES, RECOMPUTE
+    from emu2_megatron.model.decoder import RECOMPUTE
+    from emu2_megatron.platform.precision import DTYPES
+    from emu2_megatron.model.fp8 import RECIPES
+    from emu2_megatron.ops.fp8 import GRADIENTS
+    from emu2_megatron.platform.kernels import _FP8_CHECKS
     from emu2_megatron.training.schedules import DECAYS
 
     assert set(validate.PRECISIONS) == set(DTYPES)
+    assert set(validate.FP8_RECIPES) == {"none", *RECIPES} == {"none", *GRADIENTS} == {"none", *_FP8_CHECKS}
     assert set(validate.RECOMPUTE) == set(RECOMPUTE)
     assert set(validate.LR_SCHEDULES) == set(DECAYS)
 
@@ -324,3 +334,45 @@ def test_recompute_layers():
         assert error_of(changed(config, training__recompute=recompute, training__recompute_layers=1)) == (
             f"training.recompute_layers: 1; training.recompute is {recompute}, legal: 0; or training.recompute=block"
         )
+
+
+def test_fp8():
+    tiny = changed(TINY, fp8__recipe="current", fp8__emulate=True)
+    kept = {"fp8__first_layers_bf16": 1, "fp8__last_layers_bf16": 2}
+    legal = [
+        tiny,
+        changed(tiny, **kept),
+        changed(tiny, fp8__encoder=True, fp8__decoder=False),
+        changed(tiny, fp8__recipe="delayed"),
+        changed(TINY, model__decoder__ffn_hidden_size=352, fp8__recipe="mxfp8"),
+    ]
+    for config in legal:
+        assert validate.validate(config, None) == 1
+    illegal = [
+        (changed(TINY, fp8__emulate=True), "fp8.emulate: true; fp8.recipe is none"),
+        (changed(tiny, training__precision="fp32"), "fp8.recipe: current; needs training.precision bf16"),
+        (changed(tiny, fp8__decoder=False), "fp8.recipe: current; neither fp8.decoder nor"),
+        (changed(tiny, fp8__recipe="delayed", fp8__encoder=True), "fp8.encoder: true; delayed"),
+        (changed(tiny, fp8__recipe="delayed", fp8__first_layers_bf16=1), "fp8.first_layers_bf16: 1; megatron-core"),
+        (changed(tiny, fp8__recipe="delayed", fp8__last_layers_bf16=1), "fp8.last_layers_bf16: 1; megatron-core"),
+        (changed(tiny, fp8__first_layers_bf16=3, parallel__pipeline_parallel_size=2), "fp8.first_layers_bf16: 3; "),
+        (changed(tiny, fp8__last_layers_bf16=3, parallel__pipeline_parallel_size=2), "fp8.last_layers_bf16: 3; "),
+        (changed(tiny, fp8__first_layers_bf16=2, fp8__last_layers_bf16=2), "fp8.last_layers_bf16: 2; with first"),
+    ]
+    for config, start in illegal:
+        assert error_of(config).startswith(start)
+
+
+def test_fp8_on_transformer_engine_needs_even_dimensions():
+    """344 columns are no multiple of 16, 176 of 16 but not of 32; 8 tokens a rank are too few."""
+    tiny = changed(TINY, fp8__recipe="current")
+    assert "ffn_hidden_size is 344, legal: none, or fp8.emulate=true" in error_of(tiny)
+    even = changed(tiny, model__decoder__ffn_hidden_size=352)
+    assert validate.validate(even, None) == 1
+    assert validate.validate(changed(even, parallel__tensor_parallel_size=2), None) == 1
+    halved = changed(even, parallel__tensor_parallel_size=2, fp8__recipe="mxfp8")
+    assert error_of(halved).startswith("fp8.recipe: mxfp8; Transformer Engine needs multiples of 32 and a rank's share")
+    assert "tokens is 8" in error_of(changed(even, data__sequence_length=8))
+    assert "encoder.hidden_size is 56" in error_of(changed(even, fp8__encoder=True))
+    large = changed(LARGE, fp8__recipe="mxfp8", fp8__encoder=True, fp8__first_layers_bf16=1)
+    assert validate.validate(changed(large, parallel__tensor_parallel_size=4), 4) == 1

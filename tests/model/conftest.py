@@ -8,7 +8,7 @@ import pytest
 from emu2_megatron.parallel import topology
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def world_of_one() -> Iterator[topology.Topology]:
     """Process groups of a single rank."""
     topology.start("gloo")

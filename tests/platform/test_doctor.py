@@ -138,7 +138,7 @@ def test_kernels_without_cuda_are_pytorchs(monkeypatch):
     monkeypatch.setattr(kernels, "_installed", lambda package, part: True)  # installed, but nothing to run it on
     used = kernels.in_use()
     assert used["attention"] == "PyTorch scaled_dot_product_attention" and used["optimizer"] == "torch.optim.AdamW"
-    assert used["fp8"] == "not available"
+    assert used["fp8"] == "only emulated (fp8.emulate)"
 
 
 @pytest.mark.parametrize(
@@ -155,6 +155,7 @@ def test_kernels_with_cuda(monkeypatch, installed, norm, adam):
     used = kernels.in_use()
     assert (used["norm"], used["optimizer"]) == (norm, adam)
     assert (used["attention"] == used["linear"] == "Transformer Engine") is ("transformer_engine" in installed)
+    assert used["fp8"].startswith("Transformer Engine") is ("transformer_engine" in installed)
 
 
 def test_the_apex_of_pypi_is_another_one(monkeypatch, tmp_path):
