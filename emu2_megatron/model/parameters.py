@@ -217,8 +217,8 @@ def _checked(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 @torch.no_grad()
 def fingerprint(encoder: nn.Module, fp8: Fp8Config) -> str:
-    """16 hexadecimal digits that say whose features are whose: they depend on every bit, name and dtype of the encoder's
-    parameters and on its recipe of FP8, and not on the device.
+    """16 hexadecimal digits that say whose features are whose: they depend on every bit, name and dtype of the
+    encoder's parameters and on its recipe of FP8, and not on the device.
 
     Integer sums over the bits of each tensor, so that billions of numbers cost a read of the memory and not a hash.
     """

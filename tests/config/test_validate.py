@@ -121,10 +121,10 @@ def test_messages_name_the_tables():
 
 def test_the_tables_are_those_the_engine_knows():
     from emu2_megatron.model.decoder import RECOMPUTE
-    from emu2_megatron.platform.precision import DTYPES
     from emu2_megatron.model.fp8 import RECIPES
     from emu2_megatron.ops.fp8 import GRADIENTS
     from emu2_megatron.platform.kernels import _FP8_CHECKS
+    from emu2_megatron.platform.precision import DTYPES
     from emu2_megatron.training.schedules import DECAYS
 
     assert set(validate.PRECISIONS) == set(DTYPES)

@@ -28,7 +28,7 @@ def worker(_rank: int, config: Config, batches: list[list[PackedSequence]]) -> d
     losses = []
     for step in range(config.training.steps):
         batch = batches[step % len(batches)]
-        report = train_step(engine, config, [batch[i] for i in mine], step)
+        report = train_step(engine, config, engine.step.prepare([batch[i] for i in mine]), step)
         losses.append([report.text_loss, report.image_loss, report.grad_norm])
     scalings = [stage.delayed_scaling for stage in engine.stages if stage.delayed_scaling]
     return {
