@@ -78,7 +78,7 @@ def formula(config: Config) -> str:
     """The formula in words, for people who want to know what the MFU counts."""
     passes = "3 (trained)" if encoder_passes(config) == 3 else "1 (frozen: forward only)"
     return (
-        "3 x [sequences x S x (L (8 D^2 + 6 D F + 2 S D) + 2 D V) + 2 D E x (embeddings seen + embeddings regressed)] + "
+        "3 x [sequences x S x (L (8 D^2 + 6 D F + 2 S D) + 2 D V) + 2 D E x (embeddings in + embeddings regressed)] + "
         f"{passes} x pictures x [L' P (8 E^2 + 4 E F' + 4 P E) + 2 (P - 1) 3 patch^2 E]; "
         "matrix products only, backward twice forward, half of the causal scores, no recompute"
     )

@@ -166,7 +166,7 @@ def _candidates(request: Request, lean: bool) -> Iterator[Config]:
             continue
         sequences = batch // (gpus // replica)
         # Of each field what needs least memory comes first.
-        rest = {
+        rest: dict[str, list[Any]] = {
             "parallel.virtual_pipeline_parallel_size": [n for n in _divisors(layers) if stages > 1 or n == 1],
             "parallel.sequence_parallel": [True, False] if tensor > 1 else [False],
             "training.micro_batch_size": [n for n in (1, 2, 4, 8) if sequences % n == 0],

@@ -65,7 +65,7 @@ def page(plan: Plan, top: int) -> str:
 <h2>Memory of the first layout, stage by stage</h2>
 {_memory(stages, limit, whole)}
 <h2>One step of the first layout</h2>
-<p class="note">{escape(name_of(best))}; {best.step_seconds:.2f} s.</p>
+<p class="note">{escape(name_of(best))}; {best.step_seconds:.3g} s.</p>
 {_legend(("encode", "forward", "bubble", "encoder_backward", "gradient sums", "update"), {"forward": "decode"})}
 {_step(best)}
 <h2>Its pipeline schedule</h2>
@@ -79,13 +79,26 @@ def page(plan: Plan, top: int) -> str:
 
 
 def _table(layouts: Sequence[Estimate]) -> str:
-    heads = ("", "layout", "GB/GPU", "bubble", "s/step", "tokens/s", "MFU", "days", "GB sent")
+    heads = (
+        "",
+        "layout",
+        "micro-batch",
+        "recompute",
+        "GB/GPU",
+        "bubble",
+        "s/step",
+        "tokens/s",
+        "MFU",
+        "days",
+        "GB sent",
+    )
     rows = []
     for i, item in enumerate(layouts, 1):
         cells = (
-            str(i), name_of(item), f"{item.fullest.total / 1e9:.1f}", f"{item.bubble:.1%}", f"{item.step_seconds:.2f}",
-            f"{item.tokens_per_second:,.0f}", f"{item.mfu:.1%}", f"{item.days:.1f}",
-            f"{sum(item.exchanged.values()) / 1e9:.0f}",
+            str(i), name_of(item), str(item.config.training.micro_batch_size), item.config.training.recompute,
+            f"{item.fullest.total / 1e9:.3g}", f"{item.bubble:.1%}", f"{item.step_seconds:.3g}",
+            f"{item.tokens_per_second:,.0f}", f"{item.mfu:.1%}", f"{item.days:.3g}",
+            f"{sum(item.exchanged.values()) / 1e9:.3g}",
         )  # fmt: skip
         rows.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     head = "".join(f"<th>{escape(text)}</th>" for text in heads)
@@ -114,7 +127,7 @@ def _memory(rows: Sequence[tuple[str, Memory]], limit: float, whole: float) -> s
             hint = f"{category} {bytes_ / 1e9:.1f} GB"
             shapes.append(_rect(x, y, bytes_ * scale, BAR, COLOURS[category], hint))
             x += bytes_ * scale
-        shapes.append(_text(WIDTH - 12, y + 15, f"{memory.total / 1e9:.1f} GB", "end"))
+        shapes.append(_text(WIDTH - 12, y + 15, f"{memory.total / 1e9:.3g} GB", "end"))
     height = 40 + len(rows) * ROW
     for bytes_, dash, anchor, words in ((limit, "5 4", "end", "planned with at most"), (whole, "", "start", "GPU")):
         x = LABEL + bytes_ * scale
@@ -143,7 +156,7 @@ def _step(item: Estimate) -> str:
         )  # fmt: skip
         x = float(LABEL)
         for colour, length, words in pieces:
-            shapes.append(_rect(x, y, length * scale, BAR, COLOURS[colour], f"{words} {length:.2f} s"))
+            shapes.append(_rect(x, y, length * scale, BAR, COLOURS[colour], f"{words} {length:.3g} s"))
             x += length * scale
     y = 12 + stages * ROW
     shapes += _axis(y, item.step_seconds, scale)

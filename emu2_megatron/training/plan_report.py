@@ -60,7 +60,9 @@ def print_table(plan: Plan, top: int) -> None:
 
     for label, text in facts(plan).items():
         say(label, text)
-    table = Table("", "layout", "GB/GPU", "bubble", "s/step", "tokens/s", "MFU", "days", box=box.SIMPLE_HEAD)
+    heads = ("", "layout", "micro", "recompute", "GB", "bubble", "s/step", "tokens/s", "MFU", "days")
+    table = Table(*heads, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table.columns[1].no_wrap = True
     for column in table.columns[2:]:
         column.justify = "right"
     for i, item in enumerate(shown(plan, top), 1):
@@ -68,14 +70,15 @@ def print_table(plan: Plan, top: int) -> None:
     if isinstance(plan.recipe, Estimate):
         fits = plan.recipe.fullest.total <= plan.request.memory_limit
         table.add_section()
-        table.add_row("" if fits else "!", *_cells(plan.recipe, "as given: " if fits else "as given, too large: "))
+        table.add_row("*", *_cells(plan.recipe))
+        table.caption = "* as the configuration has it" + ("" if fits else ": does not fit")
     console.print(table)
     if isinstance(plan.recipe, str):
         say("as given", f"cannot run: {plan.recipe}")
     best = plan.layouts[0]
-    sent = ", ".join(f"{purpose} {b / 1e9:.1f}" for purpose, b in best.exchanged.items() if b)
+    sent = ", ".join(f"{purpose} {b / 1e9:.3g}" for purpose, b in best.exchanged.items() if b)
     say("memory of 1", _memory_line(best))
-    say("seconds of 1", ", ".join(f"{phase.replace('_', ' ')} {s:.2f}" for phase, s in best.seconds.items()))
+    say("seconds of 1", ", ".join(f"{phase.replace('_', ' ')} {s:.3g}" for phase, s in best.seconds.items()))
     say("GB a rank sends", sent or "none")
     say("to train with 1", overrides(best))
     console.print(assumptions(), style="dim", highlight=False, soft_wrap=True)
@@ -132,30 +135,29 @@ def whole_parameters(request: Request) -> int:
 
 
 def name_of(item: Estimate) -> str:
-    """A layout in one word or two."""
-    parallel, training = item.config.parallel, item.config.training
+    """A layout in a word: `TP4+SP·PP4x5·DP8` is tensor and sequence parallel 4, 4 stages of 5 parts, 8 replicas."""
+    parallel = item.config.parallel
     words = [f"TP{parallel.tensor_parallel_size}{'+SP' if parallel.sequence_parallel else ''}"]
     if parallel.context_parallel_size > 1:
         words.append(f"CP{parallel.context_parallel_size}")
     virtual = parallel.virtual_pipeline_parallel_size
     words.append(f"PP{parallel.pipeline_parallel_size}" + (f"x{virtual}" if virtual > 1 else ""))
     words.append(f"DP{item.data_parallel_size}")
-    extra = [f"micro {training.micro_batch_size}"]
-    if training.recompute != "none":
-        extra.append(f"recompute {training.recompute}")
-    return f"{'·'.join(words)}, {', '.join(extra)}"
+    return "·".join(words)
 
 
-def _cells(item: Estimate, prefix: str = "") -> list[str]:
+def _cells(item: Estimate) -> list[str]:
+    training = item.config.training
     return [
-        prefix + name_of(item), f"{item.fullest.total / 1e9:.1f}", f"{item.bubble:.1%}", f"{item.step_seconds:.2f}",
-        f"{item.tokens_per_second:,.0f}", f"{item.mfu:.1%}", f"{item.days:.1f}",
+        name_of(item), str(training.micro_batch_size), training.recompute, f"{item.fullest.total / 1e9:.3g}",
+        f"{item.bubble:.1%}", f"{item.step_seconds:.3g}", f"{item.tokens_per_second:,.0f}", f"{item.mfu:.1%}",
+        f"{item.days:.3g}",
     ]  # fmt: skip
 
 
 def _memory_line(item: Estimate) -> str:
-    parts = [f"{name} {getattr(item.fullest, name) / 1e9:.1f}" for name in CATEGORIES]
-    return f"{', '.join(parts)}; together {item.fullest.total / 1e9:.1f} GB on the fullest rank"
+    parts = [f"{name} {getattr(item.fullest, name) / 1e9:.3g}" for name in CATEGORIES]
+    return f"{', '.join(parts)}; together {item.fullest.total / 1e9:.3g} GB on the fullest rank"
 
 
 def _value(item: Estimate, key: str) -> str:
