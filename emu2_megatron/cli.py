@@ -59,7 +59,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
 
     return plan_command.run(
         options.config, overrides, options.gpus, options.gpu, options.images_per_sequence,
-        top=options.top, json_file=options.json, html_file=options.html,
+        top=options.top, json_file=options.json, html_file=options.html, check=options.check,
     )  # fmt: skip
 
 
@@ -123,6 +123,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--top", type=int, default=10, metavar="N", help="layouts to show (default %(default)s)")
     plan.add_argument(
         "--json", nargs="?", const="-", metavar="FILE", help="write JSON, to standard output without FILE"
+    )
+    plan.add_argument(
+        "--check",
+        action="store_true",
+        help="build the first layout's ranks, one of each kind, on the meta device in a fake world of as many ranks, "
+        "and compare their parameters and optimizer state with the estimate",
     )
     plan.add_argument("--html", metavar="FILE", help="write a page with timelines and memory bars")
     commands.add_parser("doctor", help="show what this machine has and what is missing")

@@ -97,6 +97,11 @@ class Work:
         return self.tokens // (parallel.tensor_parallel_size if parallel.sequence_parallel else 1)
 
 
+def default_images(config: Config) -> float:
+    """Pictures of a sequence if half of its tokens are visual: captions and interleaved pages packed to the brim."""
+    return config.data.sequence_length / (2 * config.model.image_queries)
+
+
 def memory(work: Work) -> list[Memory]:
     """Of a rank of every pipeline stage; the ranks of a stage are alike."""
     stages = work.config.parallel.pipeline_parallel_size

@@ -15,7 +15,7 @@ from emu2_megatron.data.tokenizer import tokenizer_for
 from emu2_megatron.parallel import topology, wrap
 from emu2_megatron.platform.device import device
 from emu2_megatron.training.launch import checkpoint_directory
-from emu2_megatron.training.meters import Meter
+from emu2_megatron.training.meters import Meter, peak
 from emu2_megatron.training.step import train_step
 from emu2_megatron.training.writers import Writers
 
@@ -55,7 +55,10 @@ def _train(config: Config) -> None:
 def _steps(config: Config, engine: wrap.Engine, loader: Loader, writers: Writers | None) -> str:
     """All steps, logs and checkpoints; returns where the last checkpoint is."""
     saved = ""
-    meter = Meter(config)
+    best, what_is_counted = peak(config)
+    if writers:
+        writers.say(what_is_counted)
+    meter = Meter(config, best)
     for step in range(1, config.training.steps + 1):
         start = time.perf_counter()
         own = next(loader)
@@ -68,7 +71,7 @@ def _steps(config: Config, engine: wrap.Engine, loader: Loader, writers: Writers
             writers.advance(step)
         if step == 1 or last or step % config.logging.every == 0:
             record = meter.record(step, report, sum(loader.skipped.values()))
-            meter = Meter(config)
+            meter = Meter(config, best)
             if writers:
                 writers.write(record)
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):

@@ -1,16 +1,17 @@
 """`emu2 plan`: from arguments to a table, JSON and a page."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from emu2_megatron.config import loading
-from emu2_megatron.config.schema import Config
 from emu2_megatron.errors import ConfigError
 from emu2_megatron.parallel import plan
+from emu2_megatron.parallel.estimate_memory import default_images
 from emu2_megatron.platform.gpus import GPUS
-from emu2_megatron.training import plan_html, plan_report
+from emu2_megatron.training import plan_check, plan_html, plan_report
 
 
 def run(
@@ -22,6 +23,7 @@ def run(
     top: int = 10,
     json_file: str | None = None,
     html_file: str | None = None,
+    check: bool = False,
 ) -> int:
     """Plan and report. Returns the exit code.
 
@@ -31,6 +33,7 @@ def run(
         images: pictures of a sequence on average; None fills half of the tokens with them.
         top: layouts to report.
         json_file, html_file: where to write; `-` is standard output, which then gets nothing else.
+        check: build the first layout's distinct ranks in a fake world and compare; 1 is returned if they differ.
 
     Raises:
         ConfigError: wrong arguments, or no layout is possible.
@@ -47,18 +50,19 @@ def run(
         raise ConfigError(f"--images-per-sequence: {images:g}; legal: 0 to {most:g}, which fill a sequence")
     fixed = frozenset(text.partition("=")[0] for text in overrides)
     answer = plan.plan(plan.Request(config, gpus, gpu, images, fixed))
+    checks = plan_check.check(answer.layouts[0]) if check else []
     if json_file is not None:
-        _write(json_file, json.dumps(plan_report.as_json(answer, top), indent=2) + "\n", "--json")
+        content = plan_report.as_json(answer, top)
+        if check:
+            content["check"] = [dataclasses.asdict(one) | {"difference": one.difference} for one in checks]
+        _write(json_file, json.dumps(content, indent=2) + "\n", "--json")
     if html_file is not None:
         _write(html_file, plan_html.page(answer, top), "--html")
     if "-" not in (json_file, html_file):
         plan_report.print_table(answer, top)
-    return 0
-
-
-def default_images(config: Config) -> float:
-    """Pictures of a sequence if half of its tokens are visual: interleaved pages and captions packed to the brim."""
-    return config.data.sequence_length / (2 * config.model.image_queries)
+        if check:
+            plan_check.print_table(checks)
+    return int(any(one.difference > plan_check.TOLERANCE for one in checks))
 
 
 def _write(file: str, text: str, option: str) -> None:

@@ -60,9 +60,9 @@ def print_table(plan: Plan, top: int) -> None:
 
     for label, text in facts(plan).items():
         say(label, text)
-    heads = ("", "layout", "micro", "recompute", "GB", "bubble", "s/step", "tokens/s", "MFU", "days")
+    heads = ("", "layout", "micro", "GB", "bubble", "s/step", "tokens/s", "MFU", "days")
     table = Table(*heads, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    table.columns[1].no_wrap = True
+    table.columns[1].min_width = 23
     for column in table.columns[2:]:
         column.justify = "right"
     for i, item in enumerate(shown(plan, top), 1):
@@ -148,8 +148,9 @@ def name_of(item: Estimate) -> str:
 
 def _cells(item: Estimate) -> list[str]:
     training = item.config.training
+    again = f" recompute {training.recompute}" if training.recompute != "none" else ""
     return [
-        name_of(item), str(training.micro_batch_size), training.recompute, f"{item.fullest.total / 1e9:.3g}",
+        name_of(item) + again, str(training.micro_batch_size), f"{item.fullest.total / 1e9:.3g}",
         f"{item.bubble:.1%}", f"{item.step_seconds:.3g}", f"{item.tokens_per_second:,.0f}", f"{item.mfu:.1%}",
         f"{item.days:.3g}",
     ]  # fmt: skip
