@@ -26,19 +26,21 @@ PICTURES = 4
 
 
 def _model() -> ModelConfig:
-    """emu2_small with a quarter of its encoder's blocks."""
+    """emu2_small with fewer layers."""
     small = PRESETS["emu2_small"]
-    return replace(small, encoder=replace(small.encoder, num_layers=4))
+    return replace(
+        small, encoder=replace(small.encoder, num_layers=3), decoder=replace(small.decoder, num_layers=6)
+    )
 
 
 RUNS = {
     # Mostly weights, gradients and Adam's moments; then mostly activations; then the encoder's.
-    "state": TrainingConfig(precision="fp32", global_batch_size=2, micro_batch_size=1),
-    "bf16": TrainingConfig(precision="bf16", global_batch_size=2, micro_batch_size=1),
-    "activations": TrainingConfig(precision="fp32", global_batch_size=8, micro_batch_size=8),
-    "recompute": TrainingConfig(precision="fp32", global_batch_size=8, micro_batch_size=8, recompute="full"),
+    "state": TrainingConfig(precision="fp32", global_batch_size=1, micro_batch_size=1),
+    "bf16": TrainingConfig(precision="bf16", global_batch_size=1, micro_batch_size=1),
+    "activations": TrainingConfig(precision="fp32", global_batch_size=4, micro_batch_size=4),
+    "recompute": TrainingConfig(precision="fp32", global_batch_size=4, micro_batch_size=4, recompute="full"),
     "encoder": TrainingConfig(
-        precision="fp32", global_batch_size=8, micro_batch_size=1, train_encoder=True, encoder_micro_batch_size=32
+        precision="fp32", global_batch_size=4, micro_batch_size=1, train_encoder=True, encoder_micro_batch_size=16
     ),
 }
 
