@@ -43,7 +43,7 @@ class Estimate:
     exchanged: dict[str, float]
     """Bytes the busiest rank sends in a step, by purpose."""
     bubble: float
-    """Share of phase 2 in which the busiest stage waits."""
+    """Share of phase 2 in which the busiest stage waits for the pipeline to fill and to drain."""
     flops: Flops
     """Model FLOPs of a step, all ranks."""
     peak: float
@@ -94,7 +94,8 @@ def estimate(config: Config, world_size: int, data_parallel_size: int, gpu: GPU,
     chunks = len(part_seconds) // stages
     busy = [sum(sum(part_seconds[part]) for part in layout.parts_of(config, stage)) for stage in range(stages)]
     sent = _pipeline_bytes(work, chunks)
-    decode = micro_batches * (max(busy) + sent / links.pipeline) + (sum(busy) - max(busy)) / chunks
+    bubble = (sum(busy) - max(busy)) / chunks
+    decode = micro_batches * (max(busy) + sent / links.pipeline) + bubble
 
     encoder = work.pictures * flops.encoder_forward(config.model) / (peak * MATMUL_EFFICIENCY)
     keeps = config.training.encoder_keep_activations
@@ -128,12 +129,13 @@ def estimate(config: Config, world_size: int, data_parallel_size: int, gpu: GPU,
             "features": gather * (2 if trained else 1),
             "gradients": gradients,
         },
-        bubble=1 - micro_batches * max(busy) / decode,
+        bubble=bubble / decode,
         flops=flops.step_flops(
             config,
             config.training.global_batch_size,
-            config.training.global_batch_size * images,
-            config.training.global_batch_size * images * config.model.image_queries,
+            pictures := config.training.global_batch_size * images,
+            pictures,
+            pictures * config.model.image_queries,
         ),
         peak=peak,
     )

@@ -81,7 +81,7 @@ class Work:
     @property
     def pictures(self) -> int:
         """That the fullest rank encodes in a step."""
-        return math.ceil(self.images * math.ceil(self.sequences / self.replica_size))
+        return math.ceil(self.images * self.sequences / self.replica_size)
 
     @property
     def tokens(self) -> int:
@@ -147,7 +147,7 @@ def _stage_memory(work: Work, stage: int) -> Memory:
         weights=(trained + frozen) * size.weight,
         gradients=trained * size.gradient,
         optimizer=sum(numbers // n for numbers, n in buffers) * size.optimizer,
-        activations=max(_encode(work), _decode(work, layers, stage), _encoder_backward(work)),
+        activations=_activations(work, layers, stage),
         features=_features(work),
     )
 
@@ -163,10 +163,19 @@ def _buffer(numbers: tuple[int, ...], shards: int) -> int:
     return -(-end // unit) * unit
 
 
+def _activations(work: Work, layers: list[int], stage: int) -> int:
+    encode, decode = _encode(work), _decode(work, layers, stage)
+    if work.config.training.encoder_prefetch:  # phase 1 of the next step goes on beside phase 2
+        return encode + decode
+    return max(encode, decode, _encoder_backward(work))
+
+
 def _features(work: Work) -> int:
     model, element = work.config.model, SIZES[work.config.training.precision].weight
     own = math.ceil(work.pictures * model.image_queries * model.encoder.hidden_size) * element
     gathered = own * work.replica_size
+    if work.config.training.encoder_prefetch:
+        return 2 * own + gathered
     # A trained encoder's gradients: gathered as the embeddings are, and this rank's own after they came home.
     return (own + gathered) * (2 if work.config.training.train_encoder else 1)
 

@@ -53,20 +53,21 @@ def projection_forward(model: ModelConfig) -> float:
     return 2 * model.decoder.hidden_size * model.encoder.hidden_size
 
 
-def step_flops(config: Config, sequences: float, pictures: float, regressed: float) -> Flops:
+def step_flops(config: Config, sequences: float, pictures: float, encoded: float, regressed: float) -> Flops:
     """Model FLOPs of forward and backward over all ranks.
 
     Args:
         config: the run.
         sequences: packed sequences; padding inside them counts, it is computed like any token.
-        pictures: pictures that went through the encoder.
+        pictures: pictures in them.
+        encoded: those of them that went through the encoder, not loaded as features.
         regressed: visual embeddings that were predicted.
     """
     model, length = config.model, config.data.sequence_length
     decoder = sequences * (
         model.decoder.num_layers * layer_forward(model, length) + length * vocabulary_forward(model)
     ) + projection_forward(model) * (pictures * model.image_queries + regressed)
-    return Flops(encoder_passes(config) * pictures * encoder_forward(model), 3 * decoder)
+    return Flops(encoder_passes(config) * encoded * encoder_forward(model), 3 * decoder)
 
 
 def encoder_passes(config: Config) -> int:
@@ -79,6 +80,6 @@ def formula(config: Config) -> str:
     passes = "3 (trained)" if encoder_passes(config) == 3 else "1 (frozen: forward only)"
     return (
         "3 x [sequences x S x (L (8 D^2 + 6 D F + 2 S D) + 2 D V) + 2 D E x (embeddings in + embeddings regressed)] + "
-        f"{passes} x pictures x [L' P (8 E^2 + 4 E F' + 4 P E) + 2 (P - 1) 3 patch^2 E]; "
+        f"{passes} x pictures encoded x [L' P (8 E^2 + 4 E F' + 4 P E) + 2 (P - 1) 3 patch^2 E]; "
         "matrix products only, backward twice forward, half of the causal scores, no recompute"
     )

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from emu2_megatron.config.describe import yaml_value
@@ -207,14 +208,11 @@ def _none_legal(request: Request) -> str:
     """No layout divides: name the nearest numbers of GPUs and batches that have one."""
     batch = request.config.training.global_batch_size
     ideas = []
-    near = [n for n in _outwards(request.gpus) if _any(replace(request, gpus=n))]
-    if near:
-        ideas.append(f"{' or '.join(map(str, sorted(near[:2])))} GPUs")
-    if "training.global_batch_size" not in request.fixed:
-        for size in (n for n in _outwards(batch) if n % request.gpus == 0 or request.gpus % n == 0):
-            if _any(replace(request, config=_set(request.config, {"training.global_batch_size": size}))):
-                ideas.append(f"training.global_batch_size={size}")
-                break
+    if near := list(islice((n for n in _outwards(request.gpus) if _any(replace(request, gpus=n))), 2)):
+        ideas.append(f"{' or '.join(map(str, sorted(near)))} GPUs")
+    batches = ((n, _set(request.config, {"training.global_batch_size": n})) for n in _outwards(batch))
+    if size := next((n for n, config in batches if _any(replace(request, config=config))), None):
+        ideas.append(f"training.global_batch_size={size}")
     own = _own(request)
     reason = f" ({own})" if request.fixed and isinstance(own, str) else ""
     return (

@@ -52,7 +52,7 @@ class Meter:
     _started: float = field(default_factory=time.perf_counter)
     _steps: int = 0
     _sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
-    _counts: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.int64))
+    _counts: Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.int64))
     _moments: Tensor | float = 0.0
     _seconds: dict[str, float] = field(default_factory=dict)
 
@@ -80,8 +80,9 @@ class Meter:
         dist.all_reduce(shared, group=topology.world_group())
         elapsed = time.perf_counter() - self._started
         losses = self._sums / self._counts[:2].clamp(min=1)
-        regressed, pictures, sequences = (int(n) for n in self._counts[1:])
-        achieved = flops.step_flops(self.config, sequences, pictures, regressed).total / elapsed / dist.get_world_size()
+        regressed, pictures, sequences, encoded = (int(n) for n in self._counts[1:])
+        done = flops.step_flops(self.config, sequences, pictures, encoded, regressed)
+        achieved = done.total / elapsed / dist.get_world_size()
         return {
             "step": step,
             "text_loss": float(losses[0]),

@@ -220,7 +220,7 @@ def _axis(y: float, seconds: float, scale: float) -> list[str]:
 def _rect(
     x: float, y: float, width: float, height: float, colour: str, hint: str, opacity: float = 1, backing: bool = False
 ) -> str:
-    if width <= 0:
+    if width < 0.05:  # nobody could see it
         return ""
     shape = f'x="{x:.2f}" y="{y:.1f}" width="{width:.2f}" height="{height}"'
     # A lighter shade is the colour over white, not over what lies behind.

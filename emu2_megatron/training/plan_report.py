@@ -54,6 +54,7 @@ def assumptions() -> str:
 def print_table(plan: Plan, top: int) -> None:
     """For people."""
     console = Console()
+    console = Console(width=max(console.width, 88))  # the table does not fit into less
 
     def say(label: str, text: str) -> None:
         console.print(f"[bold]{label}[/bold]: {text}", highlight=False, soft_wrap=True)

@@ -1,8 +1,8 @@
 """Peak memory of a real run on the CPU against the estimate.
 
-A process of its own trains two steps and reports how far its resident memory rose above what imports took. glibc is told
-to give large blocks back at once (`MALLOC_MMAP_THRESHOLD_`), so that resident memory is what tensors hold, not what the
-allocator keeps for later.
+A process of its own trains two steps and reports how far its resident memory rose above what imports took. glibc is
+told to give large blocks back at once (`MALLOC_MMAP_THRESHOLD_`), so that resident memory is what tensors hold, not
+what the allocator keeps for later.
 """
 
 import json
@@ -28,9 +28,7 @@ PICTURES = 4
 def _model() -> ModelConfig:
     """emu2_small with fewer layers."""
     small = PRESETS["emu2_small"]
-    return replace(
-        small, encoder=replace(small.encoder, num_layers=3), decoder=replace(small.decoder, num_layers=6)
-    )
+    return replace(small, encoder=replace(small.encoder, num_layers=3), decoder=replace(small.decoder, num_layers=6))
 
 
 RUNS = {
@@ -38,9 +36,9 @@ RUNS = {
     "state": TrainingConfig(precision="fp32", global_batch_size=1, micro_batch_size=1),
     "bf16": TrainingConfig(precision="bf16", global_batch_size=1, micro_batch_size=1),
     "activations": TrainingConfig(precision="fp32", global_batch_size=4, micro_batch_size=4),
-    "recompute": TrainingConfig(precision="fp32", global_batch_size=4, micro_batch_size=4, recompute="full"),
+    "recompute": TrainingConfig(precision="fp32", global_batch_size=2, micro_batch_size=2, recompute="full"),
     "encoder": TrainingConfig(
-        precision="fp32", global_batch_size=4, micro_batch_size=1, train_encoder=True, encoder_micro_batch_size=16
+        precision="fp32", global_batch_size=2, micro_batch_size=1, train_encoder=True, encoder_micro_batch_size=8
     ),
 }
 
@@ -90,7 +88,7 @@ def train(name: str) -> None:
     # Filling weights makes copies for a moment: the steps are what is estimated.
     Path("/proc/self/clear_refs").write_text("5")
     for step in range(2):
-        train_step(engine, run, batch, step)
+        train_step(engine, run, engine.step.prepare(batch), step)
     print(json.dumps({"rise": resident("VmHWM") - before}))
 
 
