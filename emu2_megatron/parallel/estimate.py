@@ -9,7 +9,15 @@ from dataclasses import dataclass
 from emu2_megatron.config.schema import Config
 from emu2_megatron.model.decoder import padded_vocab_size
 from emu2_megatron.parallel import flops, layout
-from emu2_megatron.parallel.estimate_memory import SIZES, Memory, Work, encoder_numbers, memory, part_numbers
+from emu2_megatron.parallel.estimate_memory import (
+    SIZES,
+    Memory,
+    Work,
+    encoder_numbers,
+    memory,
+    part_numbers,
+    recomputed,
+)
 from emu2_megatron.parallel.flops import Flops
 from emu2_megatron.platform.gpus import GPU
 
@@ -174,7 +182,7 @@ def _parts(work: Work, rate: float, links: _Links) -> tuple[list[tuple[float, fl
     # Keys and values of the other ranks; backward their gradients.
     context = 2 * (cp - 1) * work.tokens * D / tp * element
     layer_exchange = tensor / links.tensor + context / links.context
-    again = {"none": 0.0, "attention": batch * 2 * length * length * D / (tp * cp), "full": layer}
+    scores = batch * 2 * length * length * D / (tp * cp) if config.training.recompute == "attention" else 0.0
     seconds = []
     for part, count in enumerate(layers):
         ends = 0.0
@@ -183,13 +191,12 @@ def _parts(work: Work, rate: float, links: _Links) -> tuple[list[tuple[float, fl
         for _ in range((part == 0) + (part == len(layers) - 1)):
             ends += batch * work.images * model.image_queries * flops.projection_forward(model)
         forward = (count * layer + ends) / rate + count * layer_exchange
-        recompute = count * again[config.training.recompute] / rate
-        if config.training.recompute == "full":
-            recompute += count * layer_exchange
+        again = recomputed(config, count)
+        recompute = (again * layer + (count - again) * scores) / rate + again * layer_exchange
         seconds.append((forward, recompute + BACKWARD * (count * layer + ends) / rate + count * layer_exchange))
-    passes = 3 if config.training.recompute == "full" else 2
-    held = [sum(layers[part] for part in layout.parts_of(config, s)) for s in range(parallel.pipeline_parallel_size)]
-    return seconds, [passes * n * tensor for n in held], [passes * n * context for n in held]
+    held = [[layers[part] for part in layout.parts_of(config, s)] for s in range(parallel.pipeline_parallel_size)]
+    passes = [sum(2 * count + recomputed(config, count) for count in stage) for stage in held]
+    return seconds, [n * tensor for n in passes], [n * context for n in passes]
 
 
 def _pipeline_bytes(work: Work, chunks: int) -> float:

@@ -240,6 +240,11 @@ def _decode(work: Work, layers: list[int], stage: int) -> int:
     return _kept(work) + alive + max(_layer_backward(work), _logits(work) if last else 0)
 
 
+def recomputed(config: Config, layers: int) -> int:
+    """How many of a part's layers the backward pass computes again as a whole."""
+    return layers if config.training.recompute == "full" else 0
+
+
 def layer_saved(work: Work) -> int:
     """Bytes that one micro-batch leaves in one decoder layer for its backward pass."""
     recompute = work.config.training.recompute
@@ -282,7 +287,9 @@ def part_saved(work: Work, layers: list[int], part: int) -> int:
     config = work.config
     element = SIZES[config.training.precision].weight
     first, last = part == 0, part == len(layers) - 1
-    saved = layers[part] * layer_saved(work) + 24 * work.tokens  # ids, labels and mask
+    again = recomputed(config, layers[part])
+    saved = again * _input(work) + (layers[part] - again) * layer_saved(work)
+    saved += 24 * work.tokens  # ids, labels and mask
     rows = config.training.micro_batch_size * work.images * config.model.image_queries
     if first or last:
         saved += int(2 * rows * config.model.encoder.hidden_size * element)
