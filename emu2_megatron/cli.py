@@ -8,6 +8,7 @@ from pathlib import Path
 
 import emu2_megatron
 from emu2_megatron.errors import ConfigError, Emu2Error
+from emu2_megatron.platform.gpus import GPUS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,6 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _train(options.config, rest, options.nproc_per_node)
         if options.command == "embed":
             return _embed(options.config, rest, options.output)
+        if options.command == "plan":
+            return _plan(options, rest)
         return _doctor()
     except Emu2Error as error:
         if prefix := _prefix(error):
@@ -49,6 +52,17 @@ def _train(name_or_file: str, overrides: Sequence[str], nproc_per_node: int | No
 
     launch.train(config, nproc_per_node)
     return 0
+
+
+def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
+    if options.json is not None and "=" in options.json:  # `--json KEY=VALUE`: no file was given
+        overrides, options.json = [options.json, *overrides], "-"
+    from emu2_megatron.training import plan_command
+
+    return plan_command.run(
+        options.config, overrides, options.gpus, options.gpu, options.images_per_sequence,
+        top=options.top, json_file=options.json, html_file=options.html, check=options.check,
+    )  # fmt: skip
 
 
 def _embed(name_or_file: str, overrides: Sequence[str], output: str) -> int:
@@ -106,6 +120,35 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes to start on this machine; default: as many as the layout needs; not used under torchrun",
     )
+    plan = commands.add_parser(
+        "plan",
+        help="rank layouts by estimated step time and memory, without a GPU",
+        usage="emu2 plan --config NAME_OR_FILE --gpus N [--gpu NAME] [KEY=VALUE ...]",
+        description="Rank the legal layouts of a configuration on so many GPUs by estimated step time, those that fit "
+        "their memory. Needs neither GPU nor data. The layout, micro-batch size and recompute are searched; KEY=VALUE "
+        "fixes a field (`emu2 train --help` lists them).",
+        allow_abbrev=False,
+    )
+    plan.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="recipe of the package, or a YAML file")
+    plan.add_argument("--gpus", required=True, type=int, metavar="N", help="how many GPUs")
+    plan.add_argument("--gpu", default="h100-80g", metavar="NAME", help=f"{', '.join(GPUS)} (default %(default)s)")
+    plan.add_argument(
+        "--images-per-sequence",
+        type=float,
+        metavar="I",
+        help="pictures of a sequence on average; default: as many as fill half of its tokens",
+    )
+    plan.add_argument("--top", type=int, default=10, metavar="N", help="layouts to show (default %(default)s)")
+    plan.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="write JSON, to standard output without FILE"
+    )
+    plan.add_argument(
+        "--check",
+        action="store_true",
+        help="build the first layout's ranks, one of each kind, on the meta device in a fake world of as many ranks, "
+        "and compare their parameters and optimizer state with the estimate",
+    )
+    plan.add_argument("--html", metavar="FILE", help="write a page with timelines and memory bars")
     embed = commands.add_parser(
         "embed",
         help="compute the visual embeddings of a frozen encoder once, for training on them",

@@ -50,6 +50,8 @@ def test_two_processes(shards: Path, tmp_path: Path) -> None:
     assert [r["step"] for r in records] == [1, 2, 4, 5]
     assert records[-1]["text_loss"] < records[0]["text_loss"] and records[-1]["image_loss"] < records[0]["image_loss"]
     assert all(r["tokens_per_second"] > 0 and r["images_per_second"] > 0 and r["skipped_samples"] == 0 for r in records)
+    assert all(0 < r["mfu"] < 1.5 and r["tflops_per_second"] > 0 for r in records)
+    assert done.stdout.count("FLOPs of a step = ") == 1 and "measured by" in done.stdout
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [e.step for e in events.Scalars("loss/text")] == [1, 2, 4, 5]
     assert events.Scalars("loss/image")[-1].value == pytest.approx(records[-1]["image_loss"], rel=1e-6)

@@ -3,6 +3,7 @@
 With PP stages of VPP parts each, data flows through parts 0, 1, ... PP * VPP - 1; part i is on stage i mod PP.
 """
 
+from emu2_megatron.config import flops
 from emu2_megatron.config.schema import Config
 
 
@@ -15,25 +16,12 @@ def part_layers(config: Config) -> list[int]:
     if parallel.pipeline_layout is not None:
         return list(parallel.pipeline_layout)
     stages, virtual = parallel.pipeline_parallel_size, parallel.virtual_pipeline_parallel_size
-    return balanced(layers, stages, virtual, layer_flops(config), *end_flops(config))
-
-
-def layer_flops(config: Config) -> int:
-    """FLOPs a token of the forward pass of one decoder layer; backward costs twice that everywhere."""
-    decoder, S = config.model.decoder, config.data.sequence_length
-    D, F = decoder.hidden_size, decoder.ffn_hidden_size
-    # q, k, v, o; gate, up, down; and scores and weighted sum over the S / 2 positions a token sees on average.
-    return 2 * (4 * D * D + 3 * D * F) + 2 * S * D
-
-
-def end_flops(config: Config) -> tuple[int, int]:
-    """FLOPs a token that the first and the last part have besides their layers.
-
-    The first has project_up (looking tokens up is free), the last project_down and the output layer. Projections count
-    as if every token were visual.
-    """
-    D, E = config.model.decoder.hidden_size, config.model.encoder.hidden_size
-    return 2 * E * D, 2 * D * E + 2 * config.model.decoder.vocab_size * D
+    length = config.data.sequence_length
+    # As if every token were visual; looking up the others is free. All of it costs twice as much backward.
+    projection = length * flops.projection_forward(config.model)
+    vocabulary = length * flops.vocabulary_forward(config.model)
+    layer = flops.layer_forward(config.model, length)
+    return balanced(layers, stages, virtual, layer, first=projection, last=projection + vocabulary)
 
 
 def balanced(layers: int, stages: int, virtual: int, layer: int, first: int, last: int) -> list[int]:

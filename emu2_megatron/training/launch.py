@@ -13,6 +13,8 @@ from emu2_megatron.config.schema import Config
 from emu2_megatron.config.validate import replica_size
 from emu2_megatron.data.tokenizer import tokenizer_for
 from emu2_megatron.errors import ConfigError, Emu2Error
+from emu2_megatron.parallel import estimate_memory
+from emu2_megatron.parallel.estimate_memory import Work
 from emu2_megatron.platform import kernels
 
 
@@ -95,18 +97,9 @@ def _check_machine(config: Config, processes: int) -> None:
                 "machines start `emu2 train` under torchrun"
             )
         return
-    from emu2_megatron.model.parameters import released_shapes
-
-    # 4 bytes each of weight, gradient and Adam's two moments. A replica holds one decoder; every rank holds the
-    # encoder, and if that is trained its gradients too, while its moments are shared out over all ranks.
-    shapes = released_shapes(config.model)
-    numbers = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
-    encoder = sum(n for name, n in numbers.items() if name.startswith("visual."))
-    parallel = config.parallel
-    copies = processes / (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
-    needed = 16 * (sum(numbers.values()) - encoder) * copies + 4 * encoder * processes
-    if config.training.train_encoder:
-        needed += 4 * encoder * processes + 8 * encoder
+    replicas = processes // replica_size(config)
+    stages = estimate_memory.memory(Work(config, replicas, estimate_memory.default_images(config), False))
+    needed = sum(stage.total for stage in stages) * (processes // len(stages))
     memory = psutil.virtual_memory().total
     if needed > memory:
         raise ConfigError(

@@ -18,7 +18,7 @@ from emu2_megatron.parallel import topology, wrap
 from emu2_megatron.parallel.three_phase import Prepared
 from emu2_megatron.platform.device import device
 from emu2_megatron.training.launch import checkpoint_directory
-from emu2_megatron.training.meters import Meter
+from emu2_megatron.training.meters import Meter, peak
 from emu2_megatron.training.step import train_step
 from emu2_megatron.training.writers import Writers
 
@@ -58,7 +58,10 @@ def _train(config: Config) -> None:
 def _steps(config: Config, engine: wrap.Engine, loader: Loader, writers: Writers | None) -> str:
     """All steps, logs and checkpoints; returns where the last checkpoint is."""
     saved = ""
-    meter = Meter(config)
+    best, what_is_counted = peak(config)
+    if writers:
+        writers.say(what_is_counted)
+    meter = Meter(config, best)
     for step, (batch, cursors) in enumerate(_batches(config, engine, loader), start=1):
         report = train_step(engine, config, batch, step - 1)
         meter.add(report)
@@ -67,7 +70,7 @@ def _steps(config: Config, engine: wrap.Engine, loader: Loader, writers: Writers
             writers.advance(step)
         if step == 1 or last or step % config.logging.every == 0:
             record = meter.record(step, report, sum(loader.skipped.values()))
-            meter = Meter(config)
+            meter = Meter(config, best)
             if writers:
                 writers.write(record)
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):

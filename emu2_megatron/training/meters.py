@@ -8,9 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from emu2_megatron.config import flops
 from emu2_megatron.config.schema import Config
 from emu2_megatron.parallel import topology
 from emu2_megatron.parallel.wrap import PARTS
+from emu2_megatron.platform import gpus
 from emu2_megatron.platform.device import device
 from emu2_megatron.training.step import StepReport
 
@@ -26,11 +28,28 @@ def mean_predictor_loss(moments: Tensor) -> float:
     return float((square_E - mean_E.square()).mean())
 
 
+def peak(config: Config) -> tuple[float, str]:
+    """FLOP/s that MFU is a share of, the mean over ranks, and what it is and counts, in words. Called by all ranks
+    together: a rank that shares its cores with others is measured while they are busy too."""
+    dist.barrier()
+    mine, source = gpus.peak_flops(config.training.precision, device().type)
+    total = torch.tensor([mine], dtype=torch.float64, device=device())
+    dist.all_reduce(total, group=topology.world_group())
+    mean = float(total) / dist.get_world_size()
+    return mean, (
+        f"MFU = FLOPs of a step / seconds / ranks / {mean / 1e12:.4g} TFLOP/s ({config.training.precision}; {source})\n"
+        f"FLOPs of a step = {flops.formula(config)}\n"
+        "counted: all positions of all sequences; the encoder by the pictures it really encoded"
+    )
+
+
 @dataclass
 class Meter:
     """Collects the steps of one record. Losses of several steps are averaged over targets, not over steps."""
 
     config: Config
+    peak: float
+    """FLOP/s of a rank at best."""
     _started: float = field(default_factory=time.perf_counter)
     _steps: int = 0
     _sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
@@ -64,7 +83,9 @@ class Meter:
         dist.all_reduce(shared, group=topology.world_group())
         elapsed = time.perf_counter() - self._started
         losses = self._sums / self._counts[:2].clamp(min=1)
-        pictures, sequences = (int(n) for n in self._counts[2:4])
+        regressed, pictures, sequences, encoded = (int(n) for n in self._counts[1:])
+        done = flops.step_flops(self.config, sequences, pictures, encoded, regressed)
+        achieved = done.total / elapsed / dist.get_world_size()
         return {
             "step": step,
             "text_loss": float(losses[0]),
@@ -76,6 +97,8 @@ class Meter:
             **{f"lr_{part}": getattr(self.config.optimizer, f"{part}_lr") * report.lr_factor for part in PARTS},
             "tokens_per_second": sequences * self.config.data.sequence_length / elapsed,
             "images_per_second": pictures / elapsed,
+            "tflops_per_second": achieved / 1e12,
+            "mfu": achieved / self.peak,
             "step_seconds": elapsed / self._steps,
             **{f"{phase}_seconds": seconds / self._steps for phase, seconds in self._seconds.items()},
             "skipped_samples": int(shared[-1]),

@@ -39,6 +39,10 @@ class Writers:
         self.records: list[dict[str, Any]] = []
         self.progress.start()
 
+    def say(self, text: str) -> None:
+        """Print once, above the progress bar."""
+        self.progress.console.print(text, soft_wrap=True, highlight=False, markup=False)
+
     def advance(self, step: int) -> None:
         """Move the progress bar."""
         self.progress.update(self.task, completed=step)
@@ -78,6 +82,8 @@ class Writers:
             ("gradient norm", "grad_norm"),
             ("tokens/s", "tokens_per_second"),
             ("images/s", "images_per_second"),
+            ("TFLOP/s of a rank", "tflops_per_second"),
+            ("MFU", "mfu"),
             ("samples skipped", "skipped_samples"),
             ("updates skipped", "skipped_updates"),
         ):
@@ -112,5 +118,6 @@ def _line(record: dict[str, Any]) -> str:
     return (
         f"step {record['step']:>6} | text {record['text_loss']:.4f} | image {record['image_loss']:.4f} "
         f"(mean {record['mean_predictor_image_loss']:.4f}) | norm {_short(record['grad_norm'])}{scale} | "
-        f"{record['tokens_per_second']:.0f} tokens/s {record['images_per_second']:.1f} images/s{skipped} | ms: {phases}"
+        f"{record['tokens_per_second']:.0f} tokens/s {record['images_per_second']:.1f} images/s "
+        f"MFU {record['mfu']:.1%}{skipped} | ms: {phases}"
     )

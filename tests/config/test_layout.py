@@ -7,7 +7,8 @@ from itertools import combinations
 import harness
 import pytest
 
-from emu2_megatron.config.layout import balanced, end_flops, layer_flops, part_layers
+from emu2_megatron.config import flops
+from emu2_megatron.config.layout import balanced, part_layers
 from emu2_megatron.config.presets import PRESETS
 from emu2_megatron.config.schema import Config, DataConfig, ParallelConfig
 
@@ -58,13 +59,16 @@ def test_emu2() -> None:
 
 
 def test_costs() -> None:
-    """By hand, for D 4, F 6, V 10, E 3 and S 8: 4 x 16 + 3 x 24 weights, each two FLOPs, and 2 x 8 x 4 of attention."""
+    """By hand, for D 4, F 6, V 10, E 3 and S 8: a token costs a layer 2 (4 x 16 + 3 x 24) + 2 x 8 x 4 = 336, a
+    projection 2 x 12 = 24, the output layer 80. So with two stages the last has 104 more, and the first 24: of 3 layers
+    two are the first's (696 against 440, not 360 against 776)."""
     tiny = PRESETS["emu2_tiny"]
-    model = replace(tiny, encoder=replace(tiny.encoder, hidden_size=3),
-                    decoder=replace(tiny.decoder, hidden_size=4, ffn_hidden_size=6, vocab_size=10))  # fmt: skip
-    config = Config(model=model, data=DataConfig(sequence_length=8))
-    assert layer_flops(config) == 272 + 64
-    assert end_flops(config) == (24, 24 + 80)
+    decoder = replace(tiny.decoder, hidden_size=4, ffn_hidden_size=6, vocab_size=10, num_layers=3)
+    model = replace(tiny, encoder=replace(tiny.encoder, hidden_size=3), decoder=decoder)
+    config = Config(model=model, data=DataConfig(sequence_length=8), parallel=ParallelConfig(pipeline_parallel_size=2))
+    assert flops.layer_forward(model, 8) == 8 * 336
+    assert flops.projection_forward(model) == 24 and flops.vocabulary_forward(model) == 80
+    assert part_layers(config) == [2, 1]
 
 
 def test_the_oracles_layouts_are_uneven() -> None:

@@ -1,9 +1,15 @@
-"""The mean predictor's loss against its definition."""
+"""The mean predictor's loss against its definition, MFU against its parts."""
 
+import harness
 import pytest
 import torch
 
-from emu2_megatron.training.meters import mean_predictor_loss
+from emu2_megatron.config import flops
+from emu2_megatron.parallel import topology
+from emu2_megatron.parallel.three_phase import StepOutput
+from emu2_megatron.platform import gpus
+from emu2_megatron.training.meters import Meter, mean_predictor_loss, peak
+from emu2_megatron.training.step import StepReport
 
 
 def test_mean_predictor_loss() -> None:
@@ -16,3 +22,50 @@ def test_mean_predictor_loss() -> None:
 
 def test_no_embedding_at_all() -> None:
     assert mean_predictor_loss(torch.zeros(15, dtype=torch.float64)) == 0
+
+
+@pytest.fixture
+def world_of_one():
+    topology.start("gloo")
+    yield topology.initialize(harness.config())
+    topology.stop()
+
+
+def test_mfu_counts_the_pictures_that_were_encoded(world_of_one: topology.Topology) -> None:
+    """Two steps of 8 sequences, 11 pictures and 40 regressed embeddings; 5 pictures came as features."""
+    config = harness.config()
+    meter = Meter(config, peak=1e9)
+    counts = torch.tensor([100, 40, 11, 8, 6])
+    width = config.model.encoder.hidden_size
+    output = StepOutput(torch.tensor(1.0), torch.tensor(1.0), counts, torch.zeros(2 * width + 1).double(), {})
+    report = StepReport(output, 1.0, 1.0, 1.0, 1.0)
+    meter.add(report)
+    meter.add(report)
+    record = meter.record(2, report, 0)
+    seconds = 2 * record["step_seconds"]
+    done = flops.step_flops(config, 16, 22, 12, 80).total
+    assert record["tflops_per_second"] == pytest.approx(done / seconds / 1e12)
+    assert record["mfu"] == pytest.approx(done / seconds / 1e9)
+
+
+def test_the_peak_of_a_cpu_is_measured_and_said_to_be(world_of_one: topology.Topology) -> None:
+    best, said = peak(harness.config())
+    assert 1e8 < best < 1e14  # a slow core to a large server
+    assert "measured by a 512 x 512 matrix product" in said and "fp32" in said and "really encoded" in said
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100-80g"),
+        ("NVIDIA H100 PCIe", "h100-pcie-80g"),
+        ("NVIDIA H200", "h200-141g"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80g"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40g"),
+        ("NVIDIA B200", "b200-180g"),
+        ("NVIDIA L40S", "l40s-48g"),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_gpus_are_known_by_their_drivers_names(device: str, name: str | None) -> None:
+    assert gpus.find(device) == name
