@@ -6,7 +6,8 @@ the share of FLOPs that it has in the 37B with 8 pictures per 2048 tokens: 15 % 
 
 FLOPs are those of matrix products; what the encoder's forward pass costs when it is run again for the backward pass
 does not count. The RATIO is the achieved FLOP/s of the image-text step over those of the text-only step: at 1 the
-encoder, the exchange of embeddings and the second loss run as efficiently as the decoder alone. Its targets are the
+encoder, the exchange of embeddings and the second loss run as efficiently as the decoder alone. It may exceed 1: the
+encoder has no pipeline bubble, and the decoder's, 1 / 16 here, is in both steps. Its targets are the
 frozen encoder (most of Emu2's training) and the trained one with kept activations; run again is reported only.
 """
 
