@@ -54,8 +54,10 @@ check: $(STAMP)  ## ruff, mypy and the fast tests
 	@$(VENV)/bin/mypy --no-error-summary
 	@$(VENV)/bin/pytest -q -m "not slow and not gpu"
 
-bench: $(STAMP)  ## every benchmark; each prints one ratio
-	@for file in $(wildcard benchmarks/[a-z]*.py); do $(VENV)/bin/python "$$file"; done
+bench: $(STAMP)  ## every benchmark; each ends with a ratio and fails below its target
+	@failed=; for file in $(wildcard benchmarks/[a-z]*.py); do \
+		echo "== $$file"; $(VENV)/bin/python "$$file" || failed="$$failed $$file"; \
+	done; if [ -n "$$failed" ]; then echo "below target, or ended by an error:$$failed" >&2; exit 1; fi
 
 clean:  ## remove the environment, caches and builds; runs/ stays
 	@rm -rf $(VENV) build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

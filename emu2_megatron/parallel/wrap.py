@@ -85,7 +85,7 @@ def build(config: Config, here: Topology, source: parameters.Source | None = Non
     encoder = build_encoder(config, source)
     _mark_parts(stages, encoder)
 
-    overlap = config.parallel.overlap_gradients
+    overlap = config.parallel.overlap_gradients and here.dp_size * here.cp_size > 1
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
@@ -115,6 +115,7 @@ def build(config: Config, here: Topology, source: parameters.Source | None = Non
         encoder.requires_grad_(False).eval()
     optimizer = ChainedOptimizer(optimizers)
     shared_scale = loss_scale.share(optimizer, config.training)
+    _skip_lone_collectives(wrapped)
     core_config.grad_scale_func = optimizer.scale_loss
     step = ThreePhaseStep(config, here, step_encoder, wrapped_stages, finalize_encoder)
     return Engine(here, encoder, stages, first_layers, wrapped, optimizer, step, shared_scale)
@@ -163,7 +164,7 @@ def _optimizer(
     config: Config, wrapped: list[DistributedDataParallel], overlap: bool, **groups: Any
 ) -> ChainedOptimizer:
     optimizer, dtype = config.optimizer, DTYPES[config.training.precision]
-    return get_megatron_optimizer(
+    chained: ChainedOptimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=optimizer.decoder_lr,
@@ -184,6 +185,18 @@ def _optimizer(
         use_gloo_process_groups=False,
         **groups,
     )
+    for part in chained.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.AdamW):  # what megatron-core takes without Transformer Engine or apex
+            for group in part.optimizer.param_groups:
+                group["fused"] = True  # one pass over weight, gradient and moments instead of a dozen
+    return chained
+
+
+def _skip_lone_collectives(wrapped: list[DistributedDataParallel]) -> None:
+    """A data-parallel group of one has nothing to sum or gather, but gloo would copy all gradients to find out."""
+    for group in (group for part in wrapped for group in part.bucket_groups):
+        if group.intra_distributed_optimizer_instance_size == 1:
+            group.start_grad_sync = group.start_param_sync = lambda *_, **__: None
 
 
 def _overrides(optimizer: OptimizerConfig) -> dict[ParamKey, dict[str, float]]:
