@@ -3,6 +3,8 @@
 With PP stages of VPP parts each, data flows through parts 0, 1, ... PP * VPP - 1; part i is on stage i mod PP.
 """
 
+from functools import lru_cache
+
 from emu2_megatron.config import flops
 from emu2_megatron.config.schema import Config
 
@@ -21,10 +23,11 @@ def part_layers(config: Config) -> list[int]:
     projection = length * flops.projection_forward(config.model)
     vocabulary = length * flops.vocabulary_forward(config.model)
     layer = flops.layer_forward(config.model, length)
-    return balanced(layers, stages, virtual, layer, first=projection, last=projection + vocabulary)
+    return list(balanced(layers, stages, virtual, layer, projection, projection + vocabulary))
 
 
-def balanced(layers: int, stages: int, virtual: int, layer: int, first: int, last: int) -> list[int]:
+@lru_cache  # a plan asks for the same few thousands of times
+def balanced(layers: int, stages: int, virtual: int, layer: int, first: int, last: int) -> tuple[int, ...]:
     """Share out layers so that the slowest stage, which sets the pace of a pipeline, is as fast as can be.
 
     Every part gets one layer. Each further one goes to the stage with the least cost so far, and there to the part with
@@ -53,4 +56,4 @@ def balanced(layers: int, stages: int, virtual: int, layer: int, first: int, las
         part = min(range(stage, parts, stages), key=lambda p: (costs[p], -p))
         counts[part] += 1
         costs[part] += layer
-    return counts
+    return tuple(counts)

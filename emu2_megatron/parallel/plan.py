@@ -169,7 +169,9 @@ def _candidates(request: Request, lean: bool) -> Iterator[Config]:
         sequences = batch // (gpus // replica)
         # Of each field what needs least memory comes first.
         rest: dict[str, list[Any]] = {
-            "parallel.virtual_pipeline_parallel_size": [n for n in _divisors(layers) if stages > 1 or n == 1],
+            "parallel.virtual_pipeline_parallel_size": [
+                n for n in _divisors(layers) if n == 1 or (stages > 1 and layers % (stages * n) == 0)
+            ],
             "parallel.sequence_parallel": [True, False] if tensor > 1 else [False],
             "training.micro_batch_size": [n for n in (1, 2, 4, 8) if sequences % n == 0],
             "training.recompute": ["full", "attention", "none"],

@@ -32,7 +32,7 @@ def test_no_layout_is_better(stages: int, virtual: int) -> None:
     """No slower stage than the best of all layouts, and among those with such a stage no larger part."""
     for layers in range(stages * virtual, 13):
         for first, last in [(0, 0), (0, 4), (1, 5), (2, 14), (0, 20), (0, 35), (3, 50), (10, 10), (0, 30)]:
-            counts = tuple(balanced(layers, stages, virtual, 10, first, last))
+            counts = balanced(layers, stages, virtual, 10, first, last)
             assert sum(counts) == layers and min(counts) >= 1
             others = compositions(layers, stages * virtual)
             best = min(slowest(other, stages, 10, first, last) for other in others)
@@ -41,8 +41,8 @@ def test_no_layout_is_better(stages: int, virtual: int) -> None:
 
 def test_ties_go_to_later_stages() -> None:
     """Earlier stages hold more micro-batches' activations."""
-    assert balanced(7, 4, 1, 10, 0, 0) == [1, 2, 2, 2]
-    assert balanced(7, 2, 2, 10, 0, 0) == [1, 2, 2, 2]
+    assert balanced(7, 4, 1, 10, 0, 0) == (1, 2, 2, 2)
+    assert balanced(7, 2, 2, 10, 0, 0) == (1, 2, 2, 2)
 
 
 def layers_of(preset: str, stages: int, virtual: int = 1) -> list[int]:

@@ -78,13 +78,13 @@ def test_too_few_gpus() -> None:
 
 def test_gpus_that_no_batch_divides() -> None:
     with pytest.raises(ConfigError) as caught:
-        ask(7)
+        ask(61)  # a prime, and more than there are layers
     message = str(caught.value)
-    assert "\n" not in message and "6 or 8 GPUs" in message
+    assert "\n" not in message and "60 or 62 GPUs" in message
     batch = re.search(r"training.global_batch_size=(\d+)", message)[1]
-    # That batch is legal on 7 GPUs; the 37B model does not fit there, which is the next thing to be told.
+    # That batch is legal on 61 GPUs; the 37B model does not fit one, which is the next thing to be told.
     with pytest.raises(ConfigError, match="needs at least"):
-        ask(7, "h100-80g", "stage2", f"training.global_batch_size={batch}")
+        ask(61, "h100-80g", "stage2", f"training.global_batch_size={batch}")
 
 
 def test_a_fixed_field_that_makes_it_impossible_is_named() -> None:
