@@ -4,6 +4,7 @@ Every package that touches megatron-core imports this module in its `__init__`, 
 redirection of `cuda_on_cpu` is in place before megatron-core is loaded.
 """
 
+import logging
 import os
 import warnings
 
@@ -19,6 +20,8 @@ BACKEND = "nccl" if IS_CUDA else "gloo"
 warnings.filterwarnings("ignore", module=r"megatron\.")
 # torch 2.13 renames collectives that megatron-core, and torch before it, know by their old names.
 warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
+# A CUDA build of torch on a machine without a GPU: torch would say so again in every process.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 if not IS_CUDA:
     cuda_on_cpu.apply()
 
