@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import emu2_megatron
 from emu2_megatron.errors import ConfigError, Emu2Error
@@ -14,11 +15,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     # Overrides may stand before, between and after the options, which argparse cannot say: they are what is left over.
     options, rest = parser.parse_known_args(arguments)
-    if wrong := [text for text in rest if text.startswith("-") or options.command != "train"]:
+    if wrong := [text for text in rest if text.startswith("-") or not hasattr(options, "config")]:
         hint = f" (a field of the configuration? then: {wrong[0].lstrip('-')}=VALUE)" if "." in wrong[0] else ""
         parser.error(f"unknown argument: {' '.join(wrong)}{hint}")
     try:
-        return _train(options.config, rest, options.nproc_per_node) if options.command == "train" else _doctor()
+        if options.command == "train":
+            return _train(options.config, rest, options.nproc_per_node)
+        if options.command == "embed":
+            return _embed(options.config, rest, options.output)
+        return _doctor()
     except Emu2Error as error:
         if prefix := _prefix(error):
             print(f"{prefix}: {error}", file=sys.stderr)
@@ -43,6 +48,22 @@ def _train(name_or_file: str, overrides: Sequence[str], nproc_per_node: int | No
     from emu2_megatron.training import launch
 
     launch.train(config, nproc_per_node)
+    return 0
+
+
+def _embed(name_or_file: str, overrides: Sequence[str], output: str) -> int:
+    from emu2_megatron.config import loading, validate
+
+    config = loading.load(name_or_file, overrides)
+    validate.validate(config, None)
+    validate.validate_files(config)
+
+    from emu2_megatron.training.embed import embed
+
+    for what, count in embed(config, Path(output)).items():
+        if count:
+            print(f"{what}: {count}")
+    print(f"train on them with data.shards='[{output}/**/*.tar]'")
     return 0
 
 
@@ -85,6 +106,17 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes to start on this machine; default: as many as the layout needs; not used under torchrun",
     )
+    embed = commands.add_parser(
+        "embed",
+        help="compute the visual embeddings of a frozen encoder once, for training on them",
+        usage="emu2 embed --config NAME_OR_FILE --output DIR [KEY=VALUE ...]",
+        description="Write data.shards again with visual embeddings in the place of pictures. Training with the same "
+        "configuration finds them by itself and leaves the encoder out. A shard that DIR has already is left alone. "
+        "Under torchrun, every process takes its share of the shards.",
+        allow_abbrev=False,
+    )
+    embed.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="the configuration to be trained with")
+    embed.add_argument("--output", required=True, metavar="DIR", help="folder of the new shards")
     commands.add_parser("doctor", help="show what this machine has and what is missing")
     return parser
 

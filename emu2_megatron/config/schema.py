@@ -162,6 +162,9 @@ class TrainingConfig:
     encoder_keep_activations: bool = False
     """Keep the encoder's activations from the forward pass for its backward pass instead of running it again: faster,
     if there is memory for all of a rank's pictures at once."""
+    encoder_prefetch: bool = False
+    """Encode the pictures of the next step while this step's decoder runs, on a stream of its own (on a CPU, a thread);
+    for a frozen encoder."""
     text_loss_weight: float = 1.0
     """Weight of the cross-entropy. Not published: both losses count alike by default."""
     image_loss_weight: float = 1.0

@@ -205,6 +205,11 @@ RULES: list[Rule] = [
         lambda config: f"legal: 0 to training.steps {config.training.steps}",
     ),
     Rule(
+        "training.encoder_prefetch",
+        lambda config: not (config.training.encoder_prefetch and config.training.train_encoder),
+        lambda _: "training.train_encoder changes the encoder before the next step needs it, legal: false",
+    ),
+    Rule(
         "training.text_loss_weight",
         lambda config: config.training.text_loss_weight + config.training.image_loss_weight > 0,
         lambda _: "image_loss_weight is 0 too, so nothing would be learnt; legal: at most one of them 0",

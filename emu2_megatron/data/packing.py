@@ -44,7 +44,7 @@ def pack_row(stream: SampleStream, sequence_length: int, pad: int) -> PackedSequ
     return PackedSequence(
         tokens_S=tokens_S,
         roles_S=roles_S,
-        pixels=[picture for sample in samples for picture in sample.pixels],
+        pictures=[picture for sample in samples for picture in sample.pictures],
         queries=[queries for sample in samples for queries in sample.queries],
         keys=[sample.key for sample in samples],
     )

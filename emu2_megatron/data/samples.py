@@ -1,4 +1,4 @@
-"""A stored sample to tokens, their roles and pixels: the sequence formats of the paper (arXiv 2312.13286).
+"""A stored sample to tokens, their roles and pictures: the sequence formats of the paper (arXiv 2312.13286).
 
     caption       <s>[IMG]<image>*Q[/IMG]text</s>   or, at random,   <s>text[IMG]<image>*Q[/IMG]</s>
     interleaved   <s> texts and [IMG]<image>*Q[/IMG] in reading order </s>
@@ -10,12 +10,14 @@ same for all samples with the same fault.
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from emu2_megatron.config.schema import Config
 from emu2_megatron.data.decode import decode_image
-from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL, VISUAL_TARGET
+from emu2_megatron.data.features import EXTENSION, read_features
+from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL, VISUAL_TARGET, Picture
 from emu2_megatron.data.shards import RawSample
 from emu2_megatron.data.tokenizer import Tokenizer
 from emu2_megatron.errors import DataError
@@ -34,14 +36,14 @@ class Sample:
     """int64 [S] token ids."""
     roles_S: np.ndarray
     """uint8 [S] bits of `data/sequence.py`."""
-    pixels: list[np.ndarray]
-    """uint8 [3, H, W] each, RGB."""
+    pictures: list[Picture]
+    """uint8 [3, H, W] each, RGB; or features in its place."""
     queries: list[int]
     """Visual embeddings of each picture."""
 
 
 def build_sample(raw: RawSample, tokenizer: Tokenizer, config: Config, epoch: int, index: int) -> Sample:
-    """Tokens, roles and pixels of a stored sample.
+    """Tokens, roles and pictures of a stored sample.
 
     Supervised are text and `</s>` (cross-entropy) and `<image>` (regression), not `<s>`, and `[IMG]` and `[/IMG]` only
     with data.supervise_image_markers. A sample longer than data.sequence_length is cut: text at its end, while a
@@ -50,12 +52,12 @@ def build_sample(raw: RawSample, tokenizer: Tokenizer, config: Config, epoch: in
     Whether a caption follows its picture is drawn from a generator that depends on (training.seed, epoch, index) only.
 
     Raises DataError ("reason: detail") if the sample does not follow the format of `data/shards.py`, a picture that is
-    kept cannot be decoded, or neither text nor picture is left to learn from.
+    kept cannot be decoded, or neither text nor picture is left to learn from; ConfigError as `read_features` does.
     """
     length, queries = config.data.sequence_length, config.model.image_queries
     marker_role = TEXT_TARGET if config.data.supervise_image_markers else 0
     tokens, roles = [tokenizer.bos], [0]
-    pictures: list[bytes] = []
+    pictures: list[_Member] = []
     whole = True
     for part in _parts(raw, _image_first(config, epoch, index)):
         if isinstance(part, str):
@@ -77,12 +79,16 @@ def build_sample(raw: RawSample, tokenizer: Tokenizer, config: Config, epoch: in
     if whole and len(tokens) < length:
         tokens.append(tokenizer.eos)
         roles.append(TEXT_TARGET)
-    size = config.model.encoder.image_size
     return Sample(
         key=raw.key,
         tokens_S=np.array(tokens, dtype=np.int64),
         roles_S=np.array(roles, dtype=np.uint8),
-        pixels=[decode_image(picture, size) for picture in pictures],
+        pictures=[
+            read_features(raw, name, config)
+            if name.endswith(f".{EXTENSION}")
+            else decode_image(raw.files[name], config.model.encoder.image_size)
+            for (name,) in pictures
+        ],
         queries=[queries] * len(pictures),
     )
 
@@ -133,7 +139,13 @@ def _image_first(config: Config, epoch: int, index: int) -> bool:
     return bool(generator.random() < config.data.image_first_probability)
 
 
-def _parts(raw: RawSample, image_first: bool) -> list[Part]:
+class _Member(NamedTuple):
+    """A picture of a sample, by its name in it."""
+
+    name: str
+
+
+def _parts(raw: RawSample, image_first: bool) -> list[str | _Member]:
     kind = raw.meta.get("kind")
     if kind == "caption":
         text, picture = _text(raw, raw.meta), _picture(raw, raw.meta)
@@ -146,7 +158,7 @@ def _parts(raw: RawSample, image_first: bool) -> list[Part]:
     raise _malformed(raw, f"kind is {kind!r}, known are 'caption' and 'interleaved'")
 
 
-def _part(raw: RawSample, item: object) -> Part:
+def _part(raw: RawSample, item: object) -> str | _Member:
     if isinstance(item, dict) and ("text" in item) != ("image" in item):
         return _text(raw, item) if "text" in item else _picture(raw, item)
     raise _malformed(raw, 'every item of `content` is {"text": ...} or {"image": ...}')
@@ -159,11 +171,11 @@ def _text(raw: RawSample, item: dict[str, object]) -> str:
     return text
 
 
-def _picture(raw: RawSample, item: dict[str, object]) -> bytes:
+def _picture(raw: RawSample, item: dict[str, object]) -> _Member:
     name = item.get("image")
     if not isinstance(name, str) or name not in raw.files:
         raise _malformed(raw, f"`image` is {name!r}, its pictures are {sorted(raw.files)}")
-    return raw.files[name]
+    return _Member(name)
 
 
 def _malformed(raw: RawSample, detail: str) -> DataError:

@@ -1,8 +1,10 @@
 """What the data system hands to a training step: packed sequences."""
 
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
+import torch
 
 # What a token is, as bits of `roles_S`. A target is something the position before it has to predict.
 VISUAL = 1
@@ -13,20 +15,36 @@ VISUAL_TARGET = 4
 """The token's visual embedding is regressed (mean squared error); goes with VISUAL."""
 
 
+@dataclass(frozen=True)
+class Features:
+    """The visual embeddings of a picture, computed beforehand by `emu2 embed`."""
+
+    rows_QE: torch.Tensor
+    """[Q, E] in the dtype of the run."""
+    encoder: str
+    """Fingerprint of the encoder they are from (`model/parameters.fingerprint`)."""
+
+
+Picture: TypeAlias = np.ndarray | Features
+"""uint8 [3, H, W], RGB, already resized to the encoder's image size, not normalised; or what the encoder makes of
+it."""
+
+
 @dataclass
 class PackedSequence:
     """One row of a batch: tokens, what each of them is, and the pictures behind the visual ones.
 
-    The visual tokens of the row, first to last, are the embeddings of `pixels`, first to last: picture i owns the next
-    `queries[i]` of them, so `sum(queries) == count of VISUAL`. The first token is never a target: nothing precedes it.
+    The visual tokens of the row, first to last, are the embeddings of `pictures`, first to last: picture i owns the
+    next `queries[i]` of them, so `sum(queries) == count of VISUAL`. The first token is never a target: nothing precedes
+    it.
     """
 
     tokens_S: np.ndarray
     """int64 [S] token ids, padded with the pad token."""
     roles_S: np.ndarray
     """uint8 [S] bits VISUAL, TEXT_TARGET, VISUAL_TARGET; 0 for padding and unsupervised text."""
-    pixels: list[np.ndarray] = field(default_factory=list)
-    """uint8 [3, H, W] each, RGB, already resized to the encoder's image size, not normalised."""
+    pictures: list[Picture] = field(default_factory=list)
+    """The pictures, in the order of their embeddings."""
     queries: list[int] = field(default_factory=list)
     """Visual embeddings of each picture."""
     keys: list[str] = field(default_factory=list)

@@ -6,6 +6,8 @@ The members of one sample are adjacent in the tar and share a key (a name withou
     dog_17.0.jpg    its pictures, as they came: .jpg, .jpeg, .png or .webp
     dog_17.1.png
 
+(`emu2 embed` puts what the encoder makes of a picture in its place: .safetensors, see `data/features.py`.)
+
 The JSON is one of
 
     {"kind": "caption", "text": "A dog.", "image": "0.jpg"}
@@ -32,8 +34,8 @@ from typing import Any
 
 from emu2_megatron.errors import DataError
 
-PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-"""Members that are pictures; a sample's only other member is its json."""
+PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "safetensors")
+"""Members that are pictures, or features of them; a sample's only other member is its json."""
 
 _BLOCK = 512  # every tar header and member is padded to this many bytes
 
@@ -87,7 +89,7 @@ class ShardIndex:
     """
 
     def __init__(self, patterns: Sequence[str]) -> None:
-        self.paths = _expand(patterns)
+        self.paths = shard_paths(patterns)
         self._shards = array("i")
         self._starts = array("q")
         self._stops = array("q")
@@ -130,7 +132,8 @@ class ShardIndex:
 _ADVICE = "make shards with `python tools/make_shards.py --input DIR --output DIR`"
 
 
-def _expand(patterns: Sequence[str]) -> list[str]:
+def shard_paths(patterns: Sequence[str]) -> list[str]:
+    """The files that paths and glob patterns stand for, each once, sorted. Raises DataError if one matches nothing."""
     paths: set[str] = set()
     for pattern in patterns:
         # A path that exists is taken as it is: it may contain glob's special characters.

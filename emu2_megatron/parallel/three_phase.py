@@ -20,14 +20,39 @@ from torch import Tensor, nn
 from emu2_megatron.config.schema import Config
 from emu2_megatron.data.batch import Targets, share, targets
 from emu2_megatron.data.decode import normalize
-from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL, VISUAL_TARGET, PackedSequence
+from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL, VISUAL_TARGET, Features, PackedSequence
+from emu2_megatron.errors import ConfigError
 from emu2_megatron.model.decoder import DTYPES, DecoderStage, MicroBatch
+from emu2_megatron.model.parameters import fingerprint
 from emu2_megatron.parallel import exchange, topology
 from emu2_megatron.parallel.topology import Topology
+from emu2_megatron.platform.background import background
 from emu2_megatron.platform.device import device, synchronize, to_device
 
 PHASES = ("exchange", "encode", "decode", "encoder_backward")
 """Names of the timed phases. Loading is timed by the loop."""
+
+
+@dataclass
+class Prepared:
+    """A global batch after phase 0, its visual embeddings computed or under way. Made by `ThreePhaseStep.prepare`."""
+
+    tokens_NS: Tensor
+    """int64 [N, S] token ids of the replica's sequences, on the CPU."""
+    roles_NS: Tensor
+    """uint8 [N, S] their marked roles, on the CPU."""
+    counts: Tensor
+    """See `StepOutput.counts`."""
+    placement: exchange.Placement
+    """Where embeddings are."""
+    chunks: list[tuple[list[Tensor], list[int]]]
+    """What this rank encodes: pictures, uint8 [3, H, W] each, and the embeddings wanted of each, chunk by chunk."""
+    encode: Callable[[], list[Tensor]]
+    """Gives the embeddings [R, E] of each chunk, with their graph if activations are kept."""
+    stored_RE: Tensor
+    """[R, E] embeddings that this rank loaded instead of pictures."""
+    seconds: dict[str, float]
+    """Wall time so far."""
 
 
 @dataclass
@@ -39,15 +64,20 @@ class StepOutput:
     image_loss: Tensor
     """fp32 scalar: mean squared error over all regressed elements of the global batch, 0 if there are none."""
     counts: Tensor
-    """int64 [4]: text targets, regressed embeddings, pictures and sequences of the global batch."""
+    """int64 [5]: text targets, regressed embeddings, pictures, sequences of the global batch; and those of the
+    pictures that were encoded, not loaded as features."""
     moments: Tensor
-    """fp64 [2 E + 1]: over this rank's regressed embeddings v, sum v | sum v² | count."""
+    """fp64 [2 E + 1]: over the regressed embeddings v of this rank's sequences, sum v | sum v² | count."""
     seconds: dict[str, float]
-    """Wall time of each phase on this rank."""
+    """Wall time of each phase on this rank; of encoding ahead of time, only what was waited for."""
 
 
 class ThreePhaseStep:
     """Forward and backward of one global batch. Gradients end up where the optimizer expects them.
+
+    `prepare` is phase 0; calling the step with its result is the rest. With training.encoder_prefetch the embeddings of
+    a batch are computed in the background from `prepare` on, so that a loop that prepares a batch before it runs the
+    one before has them ready. Collectives stay in the caller's thread: they happen in the same order on all ranks.
 
     Args:
         config: the run.
@@ -73,53 +103,91 @@ class ThreePhaseStep:
         self.dtype = DTYPES[config.training.precision]
         self.trains_encoder = config.training.train_encoder
         self.keeps = self.trains_encoder and config.training.encoder_keep_activations
+        self.in_background = background() if config.training.encoder_prefetch else None
+        self.fingerprint: str | None = None
 
-    def __call__(self, own: list[PackedSequence], force_all_reduce: bool = False) -> StepOutput:
-        """Run all phases on this rank's sequences (`Topology.slots`, in order).
+    def prepare(self, own: list[PackedSequence]) -> Prepared:
+        """Phase 0: tell the replica what this rank loaded, and share out the pictures.
 
         Args:
-            own: the sequences.
-            force_all_reduce: leave whole summed gradients on every rank instead of the optimizer's shards.
+            own: this rank's sequences (`Topology.slots`, in order).
+
+        Raises:
+            ConfigError: features were computed by another encoder, or the encoder is trained.
         """
-        clock = _Clock()
+        clock = _Clock({})
+        stored_RE = self._stored(own)
         tokens_NS, roles_NS = exchange.gather_sequences(
             own, self.sequences, self.config.data.sequence_length, self.replica, device()
         )
         counts = self._count(roles_NS, own)
-        rows = exchange.row_map(roles_NS, self.here.replica_size)
+        placement = exchange.place(roles_NS, self.here.replica_size)
+        loaded = [torch.from_numpy(p) for sequence in own for p in sequence.pictures if not isinstance(p, Features)]
+        size = self.config.model.encoder.image_size
+        pictures = exchange.share_pictures(loaded, placement, size, self.replica, device())
+        chunks = self._chunks(pictures, placement.queries[self.here.replica_rank])
         clock.lap("exchange")
+        encode: Callable[[], list[Tensor]] = partial(self._encode, chunks)
+        if self.in_background is not None:
+            encode = self.in_background(encode)
+        return Prepared(tokens_NS, roles_NS, counts, placement, chunks, encode, stored_RE, clock.seconds)
 
-        encoded = self._encode(own)
-        own_RE = torch.cat([rows_RE.detach() for rows_RE in encoded]) if encoded else self._no_rows()
-        gathered_RE = exchange.gather_rows(own_RE, rows.block, self.replica)
+    def __call__(self, batch: Prepared, force_all_reduce: bool = False) -> StepOutput:
+        """Run all phases on a prepared batch, once.
+
+        Args:
+            batch: from `prepare`.
+            force_all_reduce: leave whole summed gradients on every rank instead of the optimizer's shards.
+        """
+        clock = _Clock(batch.seconds)
+        encoded = batch.encode()
+        own_RE = torch.cat([*(rows_RE.detach() for rows_RE in encoded), batch.stored_RE])
+        gathered_RE = exchange.gather_rows(own_RE, batch.placement.block, self.replica)
         clock.lap("encode")
 
         collects = self.trains_encoder and self.here.first_stage and self._holds_own_rows
         grads_RE = torch.zeros_like(gathered_RE) if collects else None
-        batches = [
-            self._micro_batches(tokens_NS, roles_NS, rows, gathered_RE, grads_RE, stage.module) for stage in self.stages
-        ]
-        sums = self._decode(batches, counts, force_all_reduce)
+        batches = [self._micro_batches(batch, gathered_RE, grads_RE, stage.module) for stage in self.stages]
+        sums = self._decode(batches, batch.counts, force_all_reduce)
         clock.lap("decode")
 
         if self.trains_encoder:
             home_RE = exchange.return_rows(
                 torch.zeros_like(gathered_RE) if grads_RE is None else grads_RE, len(own_RE), self.replica
             )
-            self._encoder_backward(own, encoded, home_RE, force_all_reduce)
+            self._encoder_backward(batch.chunks, encoded, home_RE, force_all_reduce)
         clock.lap("encoder_backward")
-        text_loss, image_loss = (sums / self._denominators(counts)).float()
-        return StepOutput(text_loss, image_loss, counts, _moments(own_RE, own), clock.seconds)
+        text_loss, image_loss = (sums / self._denominators(batch.counts)).float()
+        moments = self._moments(batch, gathered_RE)
+        return StepOutput(text_loss, image_loss, batch.counts, moments, clock.seconds)
 
     # Phase 0 ------------------------------------------------------------------------------------------------------
 
+    def _stored(self, own: list[PackedSequence]) -> Tensor:
+        """Embeddings [R, E] that were loaded, if they are what the encoder would compute."""
+        features = [picture for sequence in own for picture in sequence.pictures if isinstance(picture, Features)]
+        if features and self.trains_encoder:
+            raise ConfigError(
+                "training.train_encoder: true; data.shards has precomputed features, which are a frozen encoder's, "
+                "legal: false, or shards with pictures"
+            )
+        if features and self.fingerprint is None:
+            self.fingerprint = fingerprint(self.encoder)
+        if others := {f.encoder for f in features} - {self.fingerprint}:
+            raise ConfigError(
+                f"data.shards: precomputed features are from encoder {others.pop()}, this run's is {self.fingerprint}; "
+                "run `emu2 embed` with this run's configuration"
+            )
+        no_rows = torch.empty(0, self.config.model.encoder.hidden_size, dtype=self.dtype)
+        return to_device(torch.cat([no_rows, *(f.rows_QE for f in features)]))
+
     def _count(self, roles_NS: Tensor, own: list[PackedSequence]) -> Tensor:
         """Targets, pictures and sequences of the global batch, known before the forward pass."""
-        text, visual = ((roles_NS & role).bool().sum() for role in (TEXT_TARGET, VISUAL_TARGET))
-        # Every rank of a replica knows all its targets, but each picture is known to one rank: sum over the world.
-        one = self.here.replica_rank == 0
-        mine = [int(text) * one, int(visual) * one, sum(len(s.pixels) for s in own), len(own)]
-        counts = torch.tensor(mine, device=device())
+        # Every rank of a replica knows all its roles.
+        roles = (TEXT_TARGET, VISUAL_TARGET, exchange.FIRST, exchange.STORED)
+        text, visual, pictures, stored = (int((roles_NS & role).bool().sum()) for role in roles)
+        mine = [text, visual, pictures, len(roles_NS), pictures - stored]
+        counts = torch.tensor(mine, device=device()) * (self.here.replica_rank == 0)
         dist.all_reduce(counts, group=topology.world_group())
         return counts
 
@@ -135,33 +203,26 @@ class ThreePhaseStep:
 
     # Phase 1 ------------------------------------------------------------------------------------------------------
 
-    def _chunks(self, own: list[PackedSequence]) -> Iterator[tuple[Tensor, list[int]]]:
-        """This rank's pictures, uint8 [I, 3, H, W] on the CPU, and the embeddings wanted of each, chunk by chunk."""
-        pixels = [torch.from_numpy(picture) for sequence in own for picture in sequence.pixels]
-        queries = [q for sequence in own for q in sequence.queries]
+    def _chunks(self, pictures: list[Tensor], queries: list[int]) -> list[tuple[list[Tensor], list[int]]]:
         size = self.config.training.encoder_micro_batch_size
-        for start in range(0, len(pixels), size):
-            yield torch.stack(pixels[start : start + size]), queries[start : start + size]
+        starts = range(0, len(pictures), size)
+        return [(pictures[start : start + size], queries[start : start + size]) for start in starts]
 
-    def _encode(self, own: list[PackedSequence]) -> list[Tensor]:
+    def _encode(self, chunks: list[tuple[list[Tensor], list[int]]]) -> list[Tensor]:
         """Visual embeddings [R, E] of each chunk; with their graph if activations are kept."""
         with torch.set_grad_enabled(self.keeps):
-            return [self._run_encoder(*chunk) for chunk in self._chunks(own)]
+            return [self._run_encoder(*chunk) for chunk in chunks]
 
-    def _run_encoder(self, pixels: Tensor, queries: list[int]) -> Tensor:
-        rows_RE: Tensor = self.encoder(normalize(to_device(pixels), self.dtype), queries)
+    def _run_encoder(self, pictures: list[Tensor], queries: list[int]) -> Tensor:
+        pixels_I3HW = torch.stack([to_device(picture) for picture in pictures])
+        rows_RE: Tensor = self.encoder(normalize(pixels_I3HW, self.dtype), queries)
         return rows_RE
-
-    def _no_rows(self) -> Tensor:
-        return torch.empty(0, self.config.model.encoder.hidden_size, dtype=self.dtype, device=device())
 
     # Phase 2 ------------------------------------------------------------------------------------------------------
 
     def _micro_batches(
         self,
-        tokens_NS: Tensor,
-        roles_NS: Tensor,
-        rows: exchange.RowMap,
+        batch: Prepared,
         gathered_RE: Tensor,
         grads_RE: Tensor | None,
         stage: DecoderStage,
@@ -169,6 +230,7 @@ class ThreePhaseStep:
         """Micro-batches of a part, each made when the schedule asks for it; if it is the first part, gradients of their
         embeddings land in `grads_RE`."""
         size = self.config.training.micro_batch_size
+        tokens_NS, roles_NS, rows = batch.tokens_NS, batch.roles_NS, batch.placement.rows
         here, sequence_parallel = self.here, self.config.parallel.sequence_parallel
         held = share(
             tokens_NS.shape[1],
@@ -183,7 +245,7 @@ class ThreePhaseStep:
             tokens_BS, index_R, *indices = _copy_together(
                 [
                     tokens_NS[chosen][:, held.tokens],
-                    torch.cat(rows.rows[chosen]),
+                    torch.cat(rows[chosen]),
                     *(getattr(wanted, f.name) for f in fields(wanted)),
                 ]
             )
@@ -218,16 +280,29 @@ class ThreePhaseStep:
     # Phase 3 ------------------------------------------------------------------------------------------------------
 
     def _encoder_backward(
-        self, own: list[PackedSequence], encoded: list[Tensor], home_RE: Tensor, force_all_reduce: bool
+        self,
+        chunks: list[tuple[list[Tensor], list[int]]],
+        encoded: list[Tensor],
+        home_RE: Tensor,
+        force_all_reduce: bool,
     ) -> None:
         """Push the embeddings' gradients [R, E] through the encoder, chunk by chunk."""
         start = 0
-        for chunk, kept_RE in zip(self._chunks(own), encoded, strict=True):
+        for chunk, kept_RE in zip(chunks, encoded, strict=True):
             rows_RE = kept_RE if self.keeps else self._run_encoder(*chunk)
             rows_RE.backward(home_RE[start : start + len(rows_RE)])
             start += len(rows_RE)
         assert self.finalize_encoder is not None
         self.finalize_encoder(force_all_reduce=force_all_reduce)
+
+    def _moments(self, batch: Prepared, gathered_RE: Tensor) -> Tensor:
+        """First and second moments, per dimension, of the regressed embeddings in the sequences this rank loaded."""
+        own = slice(self.here.replica_rank, None, self.here.replica_size)
+        roles_NS = batch.roles_NS[own]
+        regressed_R = (roles_NS[(roles_NS & VISUAL).bool()] & VISUAL_TARGET).bool()
+        rows_R = torch.cat([*batch.placement.rows[own], torch.empty(0, dtype=torch.long)])[regressed_R]
+        v = gathered_RE[rows_R.to(gathered_RE.device)].double()
+        return torch.cat([v.sum(0), v.square().sum(0), v.new_tensor([len(v)])])
 
 
 def _collect(grads_RE: Tensor, index_R: Tensor, grad_RE: Tensor) -> None:
@@ -254,21 +329,11 @@ def _loss(scale: Tensor, model: Any, batch: MicroBatch, hidden_SBD: Tensor) -> t
     return (sums * scale).sum(), torch.zeros((), dtype=torch.int), {"sums": sums.detach()}
 
 
-def _moments(own_RE: Tensor, own: list[PackedSequence]) -> Tensor:
-    """First and second moments of this rank's regressed embeddings, per dimension."""
-    roles = [torch.from_numpy(s.roles_S) for s in own]
-    regressed_R = torch.cat(
-        [(r[(r & VISUAL).bool()] & VISUAL_TARGET).bool() for r in roles] or [torch.empty(0, dtype=torch.bool)]
-    )
-    v = own_RE[regressed_R.to(own_RE.device)].double()
-    return torch.cat([v.sum(0), v.square().sum(0), v.new_tensor([len(v)])])
-
-
 class _Clock:
     """Splits a step's wall time into phases."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.seconds = seconds
         self._last = time.perf_counter()
 
     def lap(self, phase: str) -> None:

@@ -66,17 +66,14 @@ def build(config: Config, here: Topology, source: parameters.Source | None = Non
         here: this rank's place.
         source: where weights come from; None initialises them from (seed, name).
     """
-    source = source or parameters.fresh(config.model, config.training.seed, device())
+    source = source or _fresh(config)
     layers, parts = layout.part_layers(config), layout.parts_of(config, here.pp_rank)
     first_layers = [layout.first_layer(layers, part) for part in parts]
     core_config = transformer_config(config, layers)
     stages = [DecoderStage(core_config, config.model, layers, part).to(device()) for part in parts]
     for stage, first_layer in zip(stages, first_layers, strict=True):
         parameters.fill_decoder(stage, config.model, source, first_layer, here.tp_rank, here.tp_size)
-    with torch.device("meta"):  # torch's own initialisation of 4 B numbers on every rank would be thrown away
-        encoder = EvaVisionTransformer(config.model.encoder).to(DTYPES[config.training.precision])
-    encoder.to_empty(device=device())
-    parameters.fill_encoder(encoder, config.model, source)
+    encoder = build_encoder(config, source)
     _mark_parts(stages, encoder)
 
     overlap = config.parallel.overlap_gradients
@@ -111,6 +108,19 @@ def build(config: Config, here: Topology, source: parameters.Source | None = Non
     core_config.grad_scale_func = optimizer.scale_loss
     step = ThreePhaseStep(config, here, step_encoder, wrapped_stages, finalize_encoder)
     return Engine(here, encoder, stages, first_layers, wrapped, optimizer, step)
+
+
+def build_encoder(config: Config, source: parameters.Source | None = None) -> EvaVisionTransformer:
+    """The encoder, filled, on this rank's device; arguments as of `build`."""
+    with torch.device("meta"):  # torch's own initialisation of 4 B numbers on every rank would be thrown away
+        encoder = EvaVisionTransformer(config.model.encoder).to(DTYPES[config.training.precision])
+    encoder.to_empty(device=device())
+    parameters.fill_encoder(encoder, config.model, source or _fresh(config))
+    return encoder
+
+
+def _fresh(config: Config) -> parameters.Source:
+    return parameters.fresh(config.model, config.training.seed, device())
 
 
 def _mark_parts(stages: list[DecoderStage], encoder: nn.Module) -> None:

@@ -40,8 +40,8 @@ def activate() -> torch.device:
 
 
 def to_device(tensor: torch.Tensor) -> torch.Tensor:
-    """A CPU tensor on this rank's device; on CUDA the copy overlaps with what the host does next."""
-    return tensor.pin_memory().to(device(), non_blocking=True) if IS_CUDA else tensor
+    """A tensor on this rank's device; a copy to CUDA overlaps with what the host does next."""
+    return tensor.pin_memory().to(device(), non_blocking=True) if IS_CUDA and not tensor.is_cuda else tensor
 
 
 def synchronize() -> None:

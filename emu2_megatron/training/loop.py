@@ -2,6 +2,8 @@
 
 import sys
 import time
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from emu2_megatron.config.schema import Config
 from emu2_megatron.data.loader import Loader
 from emu2_megatron.data.tokenizer import tokenizer_for
 from emu2_megatron.parallel import topology, wrap
+from emu2_megatron.parallel.three_phase import Prepared
 from emu2_megatron.platform.device import device
 from emu2_megatron.training.launch import checkpoint_directory
 from emu2_megatron.training.meters import Meter
@@ -56,12 +59,8 @@ def _steps(config: Config, engine: wrap.Engine, loader: Loader, writers: Writers
     """All steps, logs and checkpoints; returns where the last checkpoint is."""
     saved = ""
     meter = Meter(config)
-    for step in range(1, config.training.steps + 1):
-        start = time.perf_counter()
-        own = next(loader)
-        load_seconds = time.perf_counter() - start
-        report = train_step(engine, config, own, step - 1)
-        report.output.seconds["load"] = load_seconds
+    for step, (batch, cursors) in enumerate(_batches(config, engine, loader), start=1):
+        report = train_step(engine, config, batch, step - 1)
         meter.add(report)
         last = step == config.training.steps
         if writers:
@@ -72,14 +71,28 @@ def _steps(config: Config, engine: wrap.Engine, loader: Loader, writers: Writers
             if writers:
                 writers.write(record)
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            saved = str(save(checkpoint_directory(config), engine, step, _cursors(config, loader)))
+            saved = str(save(checkpoint_directory(config), engine, step, _all_slots(config, cursors)))
     return saved
 
 
-def _cursors(config: Config, loader: Loader) -> list[int]:
-    """Samples consumed by every slot of the global batch; called by all ranks together."""
+def _batches(config: Config, engine: wrap.Engine, loader: Loader) -> Iterator[tuple[Prepared, dict[int, int]]]:
+    """The batch of every step and the place in the data after it; prepared one step ahead if the encoder runs ahead."""
+    ahead: deque[tuple[Prepared, dict[int, int]]] = deque()
+    for left in range(config.training.steps, 0, -1):
+        while len(ahead) < min(left, 1 + config.training.encoder_prefetch):
+            start = time.perf_counter()
+            own = next(loader)
+            load_seconds = time.perf_counter() - start
+            batch = engine.step.prepare(own)
+            batch.seconds["load"] = load_seconds
+            ahead.append((batch, loader.state()))
+        yield ahead.popleft()
+
+
+def _all_slots(config: Config, state: dict[int, int]) -> list[int]:
+    """Samples consumed by every slot of the global batch, given those of this rank's; called by all ranks together."""
     cursors = torch.zeros(config.training.global_batch_size, dtype=torch.int64)
-    for slot, cursor in loader.state().items():
+    for slot, cursor in state.items():
         cursors[slot] = cursor
     cursors = cursors.to(device())
     dist.all_reduce(cursors, group=topology.world_group())

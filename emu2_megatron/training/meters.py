@@ -34,7 +34,7 @@ class Meter:
     _started: float = field(default_factory=time.perf_counter)
     _steps: int = 0
     _sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
-    _counts: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.int64))
+    _counts: Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.int64))
     _moments: Tensor | float = 0.0
     _seconds: dict[str, float] = field(default_factory=dict)
 
@@ -62,7 +62,7 @@ class Meter:
         dist.all_reduce(shared, group=topology.world_group())
         elapsed = time.perf_counter() - self._started
         losses = self._sums / self._counts[:2].clamp(min=1)
-        pictures, sequences = (int(n) for n in self._counts[2:])
+        pictures, sequences = (int(n) for n in self._counts[2:4])
         return {
             "step": step,
             "text_loss": float(losses[0]),

@@ -8,9 +8,8 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from emu2_megatron.config.schema import Config
-from emu2_megatron.data.sequence import PackedSequence
 from emu2_megatron.errors import TrainingDiverged
-from emu2_megatron.parallel.three_phase import StepOutput
+from emu2_megatron.parallel.three_phase import Prepared, StepOutput
 from emu2_megatron.parallel.wrap import Engine
 from emu2_megatron.training.schedules import lr_factor
 
@@ -28,12 +27,12 @@ class StepReport:
     """Share of the peak learning rates that was used."""
 
 
-def train_step(engine: Engine, config: Config, own: list[PackedSequence], step: int) -> StepReport:
+def train_step(engine: Engine, config: Config, batch: Prepared, step: int) -> StepReport:
     """Forward, backward and update on one global batch.
 
     Args:
         engine: this rank's share of the model.
-        own: this rank's sequences.
+        batch: from `engine.step.prepare`.
         step: number of the update, from 0.
 
     Raises:
@@ -48,7 +47,7 @@ def train_step(engine: Engine, config: Config, own: list[PackedSequence], step: 
         group["lr"] = group["max_lr"] * factor
         group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
 
-    output = engine.step(own)
+    output = engine.step(batch)
     text_loss, image_loss = float(output.text_loss), float(output.image_loss)
     if not math.isfinite(text_loss + image_loss):
         raise TrainingDiverged(

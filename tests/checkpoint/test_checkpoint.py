@@ -33,7 +33,8 @@ def save_worker(_rank: int, config: Config, directory: str) -> dict[str, Any]:
     here = topology.initialize(config)
     engine = wrap.build(config, here)
     # Away from what a fresh model has.
-    train_step(engine, config, [harness.batch([1] * 8, 0)[i] for i in here.slots(8)], 0)
+    own = [harness.batch([1] * 8, 0)[i] for i in here.slots(8)]
+    train_step(engine, config, engine.step.prepare(own), 0)
     path = save(directory, engine, 1, CURSORS)
     with pytest.raises(CheckpointError, match="already there"):
         save(directory, engine, 1, CURSORS)

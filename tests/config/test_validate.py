@@ -300,3 +300,9 @@ def test_context_parallel_ranks_count_as_processes():
     )
     assert validate.validate(config, 16) == 2
     assert "context_parallel_size 2, legal: a multiple of 8 processes" in error_of(config, 12)
+
+
+def test_prefetch_is_for_a_frozen_encoder():
+    ahead = changed(TINY, training__encoder_prefetch=True)
+    assert validate.validate(ahead, None) == 1
+    assert error_of(changed(ahead, training__train_encoder=True)).startswith("training.encoder_prefetch: true; ")

@@ -62,7 +62,7 @@ def test_example_data_becomes_shards_that_all_load(
     pictures_in_shards = sum(len(raw.files) for raw in raws)
     assert f"{-(-len(raws) // 50)} shards, 44 captions, {len(raws) - 44} documents" in summary
     assert f"{pictures_in_shards} pictures" in summary and pictures_in_shards == 44 + 30
-    assert 44 < sum(len(sample.pixels) for sample in samples) <= pictures_in_shards
+    assert 44 < sum(len(sample.pictures) for sample in samples) <= pictures_in_shards
 
     assert make_shards(command) == 1  # would mix with the shards of the first run
     assert "already contains shards" in capsys.readouterr().err

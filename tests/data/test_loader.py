@@ -64,7 +64,7 @@ def _rows(loader: Loader, steps: int) -> list[list[PackedSequence]]:
 
 def _content(row: PackedSequence) -> tuple[object, ...]:
     """Everything in a row, comparable."""
-    pixels = [picture.tobytes() for picture in row.pixels]
+    pixels = [picture.tobytes() for picture in row.pictures]
     return row.tokens_S.tolist(), row.roles_S.tolist(), pixels, row.queries, row.keys
 
 

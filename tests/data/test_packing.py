@@ -39,7 +39,7 @@ def test_a_row_closes_at_the_first_sample_that_does_not_fit() -> None:
     assert row.tokens_S.tolist() == [1, 10, 11, 1, 12, PAD, PAD] and row.tokens_S.dtype == np.int64
     assert row.roles_S.tolist() == [0, 5, 2, 0, 5, 0, 0] and row.roles_S.dtype == np.uint8
     assert (row.keys, row.queries) == (["a", "b"], [1, 1])
-    assert [int(pixels_3HW[0, 0, 0]) for pixels_3HW in row.pixels] == [97, 98]
+    assert [int(pixels_3HW[0, 0, 0]) for pixels_3HW in row.pictures] == [97, 98]
     assert stream.left == [c, d]  # d would have fitted, but order is kept; c starts the next row
 
 
@@ -76,4 +76,4 @@ def test_rows_are_the_stream_cut_as_late_as_possible(shapes: list[tuple[int, int
         assert row.tokens_S.shape == row.roles_S.shape == (length,)
         assert (row.tokens_S[used:] == PAD).all() and not row.roles_S[used:].any()
         assert row.roles_S[0] == 0  # nothing precedes the first token: it is no target
-        assert sum(row.queries) == (row.roles_S & 1).sum() and len(row.pixels) == len(row.queries)
+        assert sum(row.queries) == (row.roles_S & 1).sum() and len(row.pictures) == len(row.queries)

@@ -42,7 +42,7 @@ def test_caption_in_both_orders(tokenizer: Tokenizer, make_config: MakeConfig, m
     for sample in (first, last):
         assert (sample.key, sample.queries) == ("k", [4])
         assert sample.tokens_S.dtype == np.int64 and sample.roles_S.dtype == np.uint8
-        (pixels_3HW,) = sample.pixels
+        (pixels_3HW,) = sample.pictures
         assert pixels_3HW.shape == (3, 56, 56) and pixels_3HW[:, 0, 0].tolist() == [9, 8, 7]
 
 
@@ -80,7 +80,7 @@ def test_interleaved_keeps_reading_order(tokenizer: Tokenizer, make_config: Make
     text = tokenizer.encode("the") + tokenizer.encode("ship")
     assert sample.tokens_S.tolist() == [1, *PICTURE, *text, *PICTURE, *PICTURE, 2]
     assert sample.roles_S.tolist() == [0, *PICTURE_ROLES, *[2] * len(text), *PICTURE_ROLES, *PICTURE_ROLES, 2]
-    assert [int(pixels_3HW.max()) for pixels_3HW in sample.pixels] == [1, 0, 1]
+    assert [int(pixels_3HW.max()) for pixels_3HW in sample.pictures] == [1, 0, 1]
     assert sample.queries == [4, 4, 4]
 
 
@@ -105,7 +105,7 @@ def test_where_a_long_sample_is_cut(
     the = tokenizer.encode("the")
     assert len(the) == 1 and tokenizer.encode("the the the") == the * 3
     assert sample.tokens_S.tolist() == [1, *PICTURE, *the, *PICTURE, *the * 3, 2][:kept]
-    assert len(sample.pixels) == len(sample.queries) == pictures
+    assert len(sample.pictures) == len(sample.queries) == pictures
 
 
 def test_nothing_after_a_dropped_picture(tokenizer: Tokenizer, make_config: MakeConfig, make_png: MakePng) -> None:
@@ -114,7 +114,7 @@ def test_nothing_after_a_dropped_picture(tokenizer: Tokenizer, make_config: Make
     raw = RawSample("k", {"kind": "interleaved", "content": content}, {"0.png": b"not decoded"})
     sample = build_sample(raw, tokenizer, make_config(sequence_length=7), 0, 0)
     assert sample.tokens_S.tolist() == [1, *tokenizer.encode("the")]
-    assert sample.pixels == []
+    assert sample.pictures == []
 
 
 def test_nothing_left_to_learn(tokenizer: Tokenizer, make_config: MakeConfig, make_png: MakePng) -> None:
@@ -151,7 +151,7 @@ def test_invariants_of_any_sample(
     text[0] = False
     assert np.array_equal(roles == TEXT_TARGET, text)
     assert not roles[~visual & ~text].any()
-    assert sum(sample.queries) == visual.sum() and len(sample.queries) == len(sample.pixels)
+    assert sum(sample.queries) == visual.sum() and len(sample.queries) == len(sample.pictures)
     full = [tokenizer.bos]
     for part in parts:
         full += PICTURE if part is None else tokenizer.encode(part)

@@ -14,7 +14,8 @@ def worker(_rank: int, config: Config) -> dict[str, Any]:
     here = topology.initialize(config)
     engine = wrap.build(config, here)
     before = {name: p.clone() for name, p in engine.encoder.named_parameters()}
-    train_step(engine, config, [harness.batch([2] * 8, 0)[i] for i in here.slots(8)], 0)
+    own = [harness.batch([2] * 8, 0)[i] for i in here.slots(8)]
+    train_step(engine, config, engine.step.prepare(own), 0)
     parts = engine.optimizer.chained_optimizers
     return {
         "trained": sum(p.numel() for p in engine.stages[0].parameters()),

@@ -4,6 +4,8 @@ The oracle is `tests/oracle.py` in float64: plain autograd through encoder and d
 megatron-core. Both start from `initial_value(seed, name)`, so a parameter that a layout fills differently shows too.
 """
 
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import harness
@@ -15,9 +17,12 @@ from harness import MODEL
 from torch import Tensor
 
 from emu2_megatron.config.schema import Config
-from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL, VISUAL_TARGET, PackedSequence
+from emu2_megatron.data.decode import normalize
+from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL, VISUAL_TARGET, Features, PackedSequence
 from emu2_megatron.model import parameters
+from emu2_megatron.model.eva_vit import EvaVisionTransformer
 from emu2_megatron.parallel import topology, wrap
+from emu2_megatron.parallel.three_phase import Prepared
 from emu2_megatron.training.schedules import lr_factor
 from emu2_megatron.training.step import train_step
 
@@ -34,15 +39,24 @@ MIXED = [[0, 1, 2, 3, 1, 0, 2, 1], [2, 0, 0, 1, 3, 1, 0, 1], [1, 1, 1, 1, 0, 2, 
 """Pictures of every sequence, for three steps."""
 
 
-def worker(_rank: int, config: Config, batches: list[list[PackedSequence]]) -> dict[str, Any]:
-    """Gradients of the first batch, then one update per batch; this rank's part of gradients and final weights."""
+def worker(_rank: int, config: Config, batches: list[list[PackedSequence]], stored: int = 0) -> dict[str, Any]:
+    """Gradients of the first batch, then one update per batch; this rank's part of gradients and final weights.
+
+    With `stored`, every stored-th picture of a sequence comes as features.
+    """
     here = topology.initialize(config)
     engine = wrap.build(config, here)
+    if stored:
+        for row in (row for batch in batches for row in batch):
+            row.pictures[::stored] = map(partial(features, engine.encoder), row.pictures[::stored])
     mine = here.slots(config.training.global_batch_size)
 
-    first = engine.step([batches[0][i] for i in mine], force_all_reduce=True)
+    first = engine.step(engine.step.prepare([batches[0][i] for i in mine]), force_all_reduce=True)
     gradients = _local(engine, "main_grad")
-    reports = [train_step(engine, config, [batch[i] for i in mine], step) for step, batch in enumerate(batches)]
+    prepared: Iterable[Prepared] = (engine.step.prepare([batch[i] for i in mine]) for batch in batches)
+    if config.training.encoder_prefetch:
+        prepared = list(prepared)  # even further ahead than the loop goes
+    reports = [train_step(engine, config, batch, step) for step, batch in enumerate(prepared)]
     engine.settle()
     return {
         "place": [here.pp_rank, here.tp_rank, here.dp_rank * here.cp_size + here.cp_rank],
@@ -54,6 +68,12 @@ def worker(_rank: int, config: Config, batches: list[list[PackedSequence]]) -> d
         "masters": [str(p.dtype) for group in engine.optimizer.param_groups for p in group["params"]],
         "weights": _local(engine, "data"),
     }
+
+
+def features(encoder: EvaVisionTransformer, picture: np.ndarray) -> Features:
+    """What `emu2 embed` stores of a picture."""
+    pixels = normalize(torch.from_numpy(picture)[None], torch.float32)
+    return Features(encoder(pixels, [harness.QUERIES]).detach(), parameters.fingerprint(encoder))
 
 
 def _local(engine: wrap.Engine, attribute: str) -> list[dict[str, Tensor]]:
@@ -122,7 +142,7 @@ def reference(config: Config, batches: list[list[PackedSequence]]) -> dict[str, 
 def counts(sequences: list[PackedSequence]) -> list[int]:
     """Text targets, regressed embeddings, pictures, sequences."""
     text, visual = (sum(int(((s.roles_S & role) > 0).sum()) for s in sequences) for role in (2, 4))
-    return [text, visual, sum(len(s.pixels) for s in sequences), len(sequences)]
+    return [text, visual, sum(len(s.pictures) for s in sequences), len(sequences)]
 
 
 def moments(weights: dict[str, Tensor], sequences: list[PackedSequence]) -> Tensor:
@@ -142,7 +162,7 @@ def oracle_losses(weights: dict[str, Tensor], sequences: list[PackedSequence]) -
 
 def oracle_features(weights: dict[str, Tensor], sequences: list[PackedSequence]) -> Tensor:
     """Visual embeddings of all pictures, [R, E]."""
-    pictures = [picture for sequence in sequences for picture in sequence.pixels]
+    pictures = [picture for sequence in sequences for picture in sequence.pictures]
     if not pictures:
         return torch.zeros(0, MODEL.encoder.hidden_size, dtype=torch.float64)
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], dtype=torch.float64)[:, None, None]
@@ -159,20 +179,22 @@ def _peak(optimizer: Any, name: str) -> float:
 _references: dict[Any, dict[str, Any]] = {}
 
 
-def check(world_size: int, config: Config, pictures: list[list[int]], text: bool = True) -> None:
+def check(world_size: int, config: Config, pictures: list[list[int]], text: bool = True, stored: int = 0) -> None:
     """Run a layout and compare everything with the oracle."""
     batches = [harness.batch(counts, seed, text) for seed, counts in enumerate(pictures)]
     key = (config.training.train_encoder, str(pictures), text)
     expected = _references.get(key) or _references.setdefault(key, reference(config, batches))
-    compare(harness.run(world_size, worker, config, batches), expected, batches)
+    results = harness.run(world_size, worker, config, batches, stored)
+    encoded = [sum(n - len(range(n)[::stored]) if stored else n for n in pictures[0])]
+    compare(results, expected, counts(batches[0]) + encoded)
 
 
-def compare(results: list[dict[str, Any]], expected: dict[str, Any], batches: list[list[PackedSequence]]) -> None:
+def compare(results: list[dict[str, Any]], expected: dict[str, Any], wanted_counts: list[int]) -> None:
     """Losses and norms of every step, counts and moments of the first batch, its gradients, the final weights."""
     for result in results:
         for step, (losses, wanted) in enumerate(zip(result["losses"], expected["losses"], strict=True)):
             assert losses == pytest.approx(wanted, rel=LOSS_TOLERANCE, abs=1e-12), f"step {step}: losses, norm"
-        assert result["counts"] == counts(batches[0])
+        assert result["counts"] == wanted_counts
     moments = sum(result["moments"] for result in results)
     assert (moments - expected["moments"]).norm() < LOSS_TOLERANCE * expected["moments"].norm().clamp(min=1e-12)
     for what in ("gradients", "weights"):
@@ -243,6 +265,17 @@ def test_overlap_on_text_alone() -> None:
     check(4, harness.config(pp=2, overlap=True), [[0] * 8] * 2)
 
 
+@pytest.mark.parametrize("layout", [{}, {"tp": 2, "sp": True, "pp": 2}], ids=["DP4", "TP2 SP PP2"])
+def test_prefetch(layout: dict[str, Any]) -> None:
+    check(4, harness.config(**layout, encoder_prefetch=True), MIXED)
+
+
+@pytest.mark.parametrize("stored", [1, 2], ids=["all", "every other"])
+@pytest.mark.parametrize("layout", [{}, {"tp": 2, "sp": True, "pp": 2}], ids=["DP4", "TP2 SP PP2"])
+def test_precomputed_features(layout: dict[str, Any], stored: int) -> None:
+    check(4, harness.config(**layout), MIXED, stored=stored)
+
+
 def test_encoder_chunks_of_one_picture() -> None:
     check(2, harness.config(pp=2, train_encoder=True, encoder_micro_batch_size=1), MIXED)
 
@@ -295,11 +328,11 @@ def test_bf16_follows_float64() -> None:
 def test_the_comparison_can_fail() -> None:
     """One picture of one sequence inverted is another run, and must not pass for the first."""
     batches = [harness.batch(MIXED[0], 0)]
-    batches[0][1].pixels[0] = 255 - batches[0][1].pixels[0]
+    batches[0][1].pictures[0] = 255 - batches[0][1].pictures[0]
     config = harness.config(train_encoder=True)
     results = harness.run(1, worker, config, [harness.batch(MIXED[0], 0)])
     with pytest.raises(AssertionError, match="losses, norm"):
-        compare(results, reference(config, batches), batches)
+        compare(results, reference(config, batches), [*counts(batches[0]), sum(MIXED[0])])
 
 
 def test_role_bits_are_the_oracles() -> None:

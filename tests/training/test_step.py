@@ -16,7 +16,7 @@ def worker(_rank: int, config: Config, where: str) -> dict[str, Any]:
     here = topology.initialize(config)
     engine = wrap.build(config, here)
     own = [harness.batch([1] * 8, 0)[i] for i in here.slots(8)]
-    train_step(engine, config, own, 0)
+    train_step(engine, config, engine.step.prepare(own), 0)
     if where == "loss" and here.last_stage:
         engine.stages[0].project_down.weight.data[0, 0] = float("nan")
     if where == "gradient" and here.first_stage and here.dp_rank == 0:
@@ -24,7 +24,7 @@ def worker(_rank: int, config: Config, where: str) -> dict[str, Any]:
         engine.stages[0].project_up.weight.register_hook(lambda gradient: gradient * float("inf"))
     before = {name: parameter.clone() for name, parameter in engine.stages[0].named_parameters()}
     try:
-        train_step(engine, config, own, 1)
+        train_step(engine, config, engine.step.prepare(own), 1)
         message = "did not raise"
     except TrainingDiverged as error:
         message = str(error)
