@@ -5,6 +5,7 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,13 @@ MODEL = ModelConfig(
 
 def config(
     tp: int = 1, pp: int = 1, layout: tuple[int, ...] | None = None, optimizer: OptimizerConfig | None = None,
-    vpp: int = 1, cp: int = 1, sp: bool = False, overlap: bool = False, **training: Any,
+    vpp: int = 1, cp: int = 1, sp: bool = False, overlap: bool = False, layers: int = 4, **training: Any,
 ) -> Config:  # fmt: skip
-    """A run of MODEL; `training` overrides fields of TrainingConfig."""
+    """A run of MODEL, with so many decoder layers; `training` overrides fields of TrainingConfig."""
     settings = {"steps": 3, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32",
                 "encoder_micro_batch_size": 3, "image_loss_weight": 0.5, **training}  # fmt: skip
     return Config(
-        model=MODEL,
+        model=replace(MODEL, decoder=replace(MODEL.decoder, num_layers=layers)),
         data=DataConfig(sequence_length=LENGTH),
         parallel=ParallelConfig(
             tensor_parallel_size=tp,

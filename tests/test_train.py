@@ -79,7 +79,7 @@ WRONG = {
     "unknown section": (["optimiser.clip_grad=1"], "optimizer"),
     "wrong type": (["training.steps=many"], "training.steps"),
     "tensor parallel 8": (["model.preset=emu2_37b", "parallel.tensor_parallel_size=8"], "1, 2, 4"),
-    "pipeline 7": (["model.preset=emu2_37b", "parallel.pipeline_parallel_size=7"], "pipeline_layout"),
+    "more stages than layers": (["parallel.pipeline_parallel_size=5"], "up to model.decoder.num_layers 4"),
     "layout that does not add up": (["parallel.pipeline_layout=[1,2]"], "parallel.pipeline_layout"),
     "batch that cannot be shared out": (["training.global_batch_size=10"], "training.global_batch_size"),
     "sequence too long": (["data.sequence_length=4096"], "max_position_embeddings"),

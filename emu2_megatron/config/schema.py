@@ -93,12 +93,12 @@ class ParallelConfig:
     tensor_parallel_size: int = 1
     """Ranks that share every decoder layer; divides the decoder's attention heads."""
     pipeline_parallel_size: int = 1
-    """Stages the decoder's layers are cut into."""
+    """Stages the decoder's layers are cut into; it need not divide their number."""
     virtual_pipeline_parallel_size: int = 1
     """Parts of each stage, for the interleaved schedule: shorter bubbles, more messages; needs at least two stages."""
     pipeline_layout: tuple[int, ...] | None = None
     """Decoder layers of each stage, first to last (of each part of each stage, in the order data flows, if there are
-    several); null shares them out evenly."""
+    several); null balances them by cost, the output layer's included: evenly wherever that is best."""
     context_parallel_size: int = 1
     """Ranks that share every sequence of the decoder; each holds two chunks of it, so that causal attention is even."""
     overlap_gradients: bool = False
@@ -151,10 +151,19 @@ class TrainingConfig:
     micro_batch_size: int = 1
     """Packed sequences B that go through the decoder at once."""
     precision: str = "bf16"
-    """bf16 (fp32 master weights and gradient sums) or fp32."""
+    """bf16 or fp16 (both with fp32 master weights and gradient sums; fp16 with a dynamic loss scale), or fp32."""
+    initial_loss_scale: float = 2.0**32
+    """fp16: what the loss is multiplied by at first. An overflow halves it, down to 1, and skips the update. Megatron's
+    default is too large on purpose: every halving costs a step, but gradients that vanish under too small a scale do so
+    silently, and those of a mean over millions of targets are tiny."""
+    loss_scale_window: int = 1000
+    """fp16: updates in a row without an overflow after which the loss scale doubles."""
     recompute: str = "none"
-    """What the decoder's backward pass computes again instead of remembering: none, attention (the part whose memory
-    grows with S²), or full (every layer: least memory, about a third more FLOPs)."""
+    """What the decoder's backward pass computes again instead of remembering: none, attention (Megatron's selective
+    recompute, of the part whose memory grows with S²), full (every layer: least memory, about a third more FLOPs), or
+    block (whole layers too, but only recompute_layers of them: as few as memory asks for)."""
+    recompute_layers: int = 0
+    """With recompute block, the layers computed again: the first N of every part of the pipeline. Otherwise 0."""
     train_encoder: bool = False
     """Train the visual encoder (stage 1) or leave it frozen (stage 2)."""
     encoder_micro_batch_size: int = 16

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from emu2_megatron.config.describe import yaml_value
+from emu2_megatron.config.layout import part_layers
 from emu2_megatron.config.schema import Config
 from emu2_megatron.errors import ConfigError
 
-PRECISIONS = ("bf16", "fp32")
+PRECISIONS = ("bf16", "fp16", "fp32")
 LR_SCHEDULES = ("cosine", "linear", "constant")
-RECOMPUTE = ("none", "attention", "full")
+RECOMPUTE = ("none", "attention", "full", "block")
 
 _PICTURE_FRAME = 4
 """Tokens of a sequence with one picture besides its visual embeddings: `<s>`, `[IMG]`, `[/IMG]`, `</s>`."""
@@ -137,10 +138,6 @@ def _parts(config: Config) -> int:
     return config.parallel.pipeline_parallel_size * config.parallel.virtual_pipeline_parallel_size
 
 
-def _stage_layers(config: Config) -> int:
-    return config.model.decoder.num_layers // config.parallel.pipeline_parallel_size
-
-
 def _sequence_unit(config: Config) -> int:
     """What the sequence length must be a multiple of."""
     parallel = config.parallel
@@ -153,6 +150,17 @@ def _layout_fits(config: Config) -> bool:
     return layout is None or (
         len(layout) == _parts(config) and sum(layout) == config.model.decoder.num_layers and min(layout) > 0
     )
+
+
+def _recompute_fits(config: Config) -> bool:
+    layers = config.training.recompute_layers
+    return 0 < layers <= max(part_layers(config)) if config.training.recompute == "block" else layers == 0
+
+
+def _legal_recompute(config: Config) -> str:
+    if config.training.recompute != "block":
+        return f"training.recompute is {config.training.recompute}, legal: 0; or training.recompute=block"
+    return f"legal with training.recompute block: 1 to {max(part_layers(config))}, the layers of the largest part"
 
 
 def _longest_picture(config: Config) -> int:
@@ -176,10 +184,12 @@ _POSITIVE = """
     parallel.tensor_parallel_size parallel.pipeline_parallel_size parallel.virtual_pipeline_parallel_size
     parallel.context_parallel_size
     training.steps training.global_batch_size training.micro_batch_size training.encoder_micro_batch_size
+    training.initial_loss_scale training.loss_scale_window
     optimizer.decoder_lr optimizer.projection_lr optimizer.encoder_lr optimizer.adam_eps logging.every
 """.split()
 _NOT_NEGATIVE = """
-    training.text_loss_weight training.image_loss_weight training.seed optimizer.weight_decay optimizer.clip_grad
+    training.text_loss_weight training.image_loss_weight training.seed training.recompute_layers
+    optimizer.weight_decay optimizer.clip_grad
     checkpoint.every
 """.split()
 
@@ -192,6 +202,11 @@ RULES: list[Rule] = [
     _unless_null(_not_negative("optimizer.warmup_steps")),
     _unless_null(_share("optimizer.warmup_ratio")),
     _one_of("training.precision", PRECISIONS),
+    Rule(
+        "training.initial_loss_scale",
+        lambda config: config.training.initial_loss_scale >= 1,
+        lambda _: "legal: 1 or more, 1 is where halving ends",
+    ),
     _one_of("training.recompute", RECOMPUTE),
     _one_of("optimizer.lr_schedule", LR_SCHEDULES),
     Rule(
@@ -237,14 +252,8 @@ RULES: list[Rule] = [
     ),
     Rule(
         "parallel.pipeline_parallel_size",
-        lambda config: (
-            config.parallel.pipeline_layout is not None
-            or config.model.decoder.num_layers % config.parallel.pipeline_parallel_size == 0
-        ),
-        lambda config: (
-            f"must divide model.decoder.num_layers {config.model.decoder.num_layers}, legal: "
-            f"{_listed(_divisors(config.model.decoder.num_layers))}; or share them out by parallel.pipeline_layout"
-        ),
+        lambda config: config.parallel.pipeline_parallel_size <= config.model.decoder.num_layers,
+        lambda config: f"legal: up to model.decoder.num_layers {config.model.decoder.num_layers}, one for every stage",
     ),
     Rule(
         "parallel.virtual_pipeline_parallel_size",
@@ -255,12 +264,10 @@ RULES: list[Rule] = [
     ),
     Rule(
         "parallel.virtual_pipeline_parallel_size",
+        lambda config: _parts(config) <= config.model.decoder.num_layers,
         lambda config: (
-            config.parallel.pipeline_layout is not None or config.model.decoder.num_layers % _parts(config) == 0
-        ),
-        lambda config: (
-            f"must divide the {_stage_layers(config)} layers of a stage, legal: "
-            f"{_listed(_divisors(_stage_layers(config)))}; or share them out by parallel.pipeline_layout"
+            f"legal: up to {config.model.decoder.num_layers // config.parallel.pipeline_parallel_size}, for one of "
+            f"model.decoder.num_layers {config.model.decoder.num_layers} in every part of every stage"
         ),
     ),
     Rule(
@@ -284,6 +291,7 @@ RULES: list[Rule] = [
             f"more, that add up to model.decoder.num_layers {config.model.decoder.num_layers}; or null"
         ),
     ),
+    Rule("training.recompute_layers", _recompute_fits, _legal_recompute),
     Rule(
         "data.sequence_length",
         lambda config: config.data.sequence_length <= config.model.decoder.max_position_embeddings,

@@ -29,7 +29,7 @@ from emu2_megatron.ops.interleave import interleave
 from emu2_megatron.ops.regression_loss import squared_error_sum
 from emu2_megatron.platform.device import IS_CUDA
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """training.precision to the dtype of weights and activations."""
 
 
@@ -49,8 +49,9 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "attention": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "block": {"recompute_granularity": "full", "recompute_method": "block"},
 }
-"""training.recompute to megatron-core's settings."""
+"""training.recompute to megatron-core's settings; block's recompute_num_layers is training.recompute_layers."""
 
 
 def transformer_config(config: Config, part_layers: list[int]) -> TransformerConfig:
@@ -62,6 +63,9 @@ def transformer_config(config: Config, part_layers: list[int]) -> TransformerCon
     """
     decoder, parallel = config.model.decoder, config.parallel
     dtype = DTYPES[config.training.precision]
+    recompute = dict(RECOMPUTE[config.training.recompute])
+    if recompute.get("recompute_method") == "block":
+        recompute["recompute_num_layers"] = config.training.recompute_layers
     stages: list[list[str]] = [["decoder"] * layers for layers in part_layers]
     stages[0].insert(0, "embedding")
     stages[-1].append("loss")
@@ -85,6 +89,7 @@ def transformer_config(config: Config, part_layers: list[int]) -> TransformerCon
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
         # Losses arrive divided by global counts (three_phase): gradients are plain sums over micro-batches and ranks.
         calculate_per_token_loss=True,
         # model/parameters.py initialises by name, so that every layout starts from the same weights.
@@ -97,7 +102,7 @@ def transformer_config(config: Config, part_layers: list[int]) -> TransformerCon
         bias_activation_fusion=IS_CUDA,
         apply_rope_fusion=False,
         batch_p2p_comm=IS_CUDA,
-        **RECOMPUTE[config.training.recompute],
+        **recompute,
     )
 
 
@@ -199,4 +204,5 @@ class DecoderStage(MegatronModule):
         square_sum = squared_error_sum(
             self.project_down(predictors_TD), batch.features_RE[batch.targets.predicted_rows_T]
         )
-        return text_sum, square_sum
+        # An embedding that overflowed may stand where no loss depends on it. It must show all the same.
+        return text_sum, square_sum + 0 * batch.features_RE.detach().float().sum()

@@ -1,18 +1,9 @@
-"""Which decoder layers each part of the pipeline holds.
+"""Which parts of the pipeline a stage holds, and which layers those are; `config/layout.py` says how many each has."""
 
-With PP stages of VPP parts each, data flows through parts 0, 1, ... PP * VPP - 1; part i is on stage i mod PP.
-"""
-
+from emu2_megatron.config.layout import part_layers
 from emu2_megatron.config.schema import Config
 
-
-def part_layers(config: Config) -> list[int]:
-    """Number of decoder layers of every part, in the order data flows. Precondition: the configuration is validated."""
-    parallel, layers = config.parallel, config.model.decoder.num_layers
-    if parallel.pipeline_layout is not None:
-        return list(parallel.pipeline_layout)
-    parts = parallel.pipeline_parallel_size * parallel.virtual_pipeline_parallel_size
-    return [layers // parts] * parts
+__all__ = ["first_layer", "part_layers", "parts_of"]
 
 
 def parts_of(config: Config, stage: int) -> list[int]:

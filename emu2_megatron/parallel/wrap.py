@@ -21,7 +21,8 @@ from emu2_megatron.config.schema import Config, OptimizerConfig
 from emu2_megatron.model import parameters
 from emu2_megatron.model.decoder import DTYPES, DecoderStage, transformer_config
 from emu2_megatron.model.eva_vit import EvaVisionTransformer
-from emu2_megatron.parallel import layout, topology
+from emu2_megatron.parallel import layout, loss_scale, topology
+from emu2_megatron.parallel.loss_scale import SharedLossScale
 from emu2_megatron.parallel.three_phase import ThreePhaseStep
 from emu2_megatron.parallel.topology import Topology
 from emu2_megatron.platform.device import device
@@ -47,6 +48,8 @@ class Engine:
     """megatron-core's optimizer over all of them: one norm, one clip, state sharded over data-parallel ranks."""
     step: ThreePhaseStep
     """Forward and backward."""
+    loss_scale: SharedLossScale | None
+    """fp16's, shared by the optimizers of decoder and encoder."""
 
     def settle(self) -> None:
         """Wait until every weight is the updated one: with overlap, that is otherwise the next forward pass's business.
@@ -105,9 +108,10 @@ def build(config: Config, here: Topology, source: parameters.Source | None = Non
     else:
         encoder.requires_grad_(False).eval()
     optimizer = ChainedOptimizer(optimizers)
+    shared_scale = loss_scale.share(optimizer, config.training)
     core_config.grad_scale_func = optimizer.scale_loss
     step = ThreePhaseStep(config, here, step_encoder, wrapped_stages, finalize_encoder)
-    return Engine(here, encoder, stages, first_layers, wrapped, optimizer, step)
+    return Engine(here, encoder, stages, first_layers, wrapped, optimizer, step, shared_scale)
 
 
 def build_encoder(config: Config, source: parameters.Source | None = None) -> EvaVisionTransformer:
@@ -139,6 +143,7 @@ def _encoder_config(core_config: TransformerConfig) -> TransformerConfig:
         calculate_per_token_loss=True,
         params_dtype=core_config.params_dtype,
         bf16=core_config.bf16,
+        fp16=core_config.fp16,
     )
 
 
@@ -162,6 +167,7 @@ def _optimizer(
             adam_eps=optimizer.adam_eps,
             clip_grad=optimizer.clip_grad,
             bf16=dtype is torch.bfloat16,
+            fp16=dtype is torch.float16,
             params_dtype=dtype,
             use_distributed_optimizer=True,
             overlap_param_gather=overlap,

@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from emu2_megatron.config.layout import part_layers
 from emu2_megatron.config.loading import to_yaml
 from emu2_megatron.config.schema import Config
 from emu2_megatron.config.validate import replica_size
@@ -39,7 +40,17 @@ def train(config: Config, nproc_per_node: int | None = None) -> None:
 def _run(config: Config) -> None:
     from emu2_megatron.training import loop
 
+    if os.environ.get("RANK", "0") == "0" and (line := _layout_line(config)):
+        print(line, flush=True)
     loop.run(config)
+
+
+def _layout_line(config: Config) -> str:
+    """Who has how many decoder layers, unless all parts have the same number."""
+    layers, stages = part_layers(config), config.parallel.pipeline_parallel_size
+    if len(set(layers)) == 1:
+        return ""
+    return "decoder layers of each stage: " + ", ".join(" + ".join(map(str, layers[s::stages])) for s in range(stages))
 
 
 def _check_directory(config: Config) -> None:

@@ -52,6 +52,8 @@ class Meter:
     def record(self, step: int, report: StepReport, skipped: int) -> dict[str, Any]:
         """Everything worth logging since the last record; called by all ranks together.
 
+        The gradient norm is None if the latest update was skipped.
+
         Args:
             step: updates done.
             report: the latest step.
@@ -69,6 +71,8 @@ class Meter:
             "image_loss": float(losses[1]),
             "mean_predictor_image_loss": mean_predictor_loss(shared[:-1]),
             "grad_norm": report.grad_norm,
+            "loss_scale": report.loss_scale,
+            "skipped_updates": report.skipped_updates,
             **{f"lr_{part}": getattr(self.config.optimizer, f"{part}_lr") * report.lr_factor for part in PARTS},
             "tokens_per_second": sequences * self.config.data.sequence_length / elapsed,
             "images_per_second": pictures / elapsed,

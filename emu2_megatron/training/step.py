@@ -1,10 +1,14 @@
-"""One optimizer step: gradients, finite check, clip, update."""
+"""One optimizer step: gradients, finite check, clip, update.
+
+Under fp16 an overflow of the scaled gradients skips the update (`parallel/loss_scale.py`). The step counts all the
+same: its batch is spent and the schedule of the learning rate moves on, so that a run of N steps reads N batches and
+ends at the schedule's end; only Adam's own count of updates stays.
+"""
 
 import math
 import time
 from dataclasses import dataclass
 
-from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from emu2_megatron.config.schema import Config
@@ -21,10 +25,14 @@ class StepReport:
     output: StepOutput
     text_loss: float
     image_loss: float
-    grad_norm: float
-    """Norm of all gradients, before clipping."""
+    grad_norm: float | None
+    """Norm of all gradients, before clipping; None if they overflowed and the update was skipped."""
     lr_factor: float
     """Share of the peak learning rates that was used."""
+    loss_scale: float
+    """What the loss was multiplied by in this step's backward pass; 1 unless the precision is fp16."""
+    skipped_updates: int
+    """Updates skipped since the run began."""
 
 
 def train_step(engine: Engine, config: Config, batch: Prepared, step: int) -> StepReport:
@@ -36,8 +44,8 @@ def train_step(engine: Engine, config: Config, batch: Prepared, step: int) -> St
         step: number of the update, from 0.
 
     Raises:
-        TrainingDiverged: a loss or the gradient norm is not finite; the weights are untouched. Both are sums over all
-            ranks, so every rank raises.
+        TrainingDiverged: a loss or the gradient norm is not finite (under fp16: gradients are not, at the smallest loss
+            scale); the weights are untouched. All of them are known to all ranks alike, so every rank raises.
     """
     for part in engine.wrapped:
         part.zero_grad_buffer()
@@ -50,22 +58,37 @@ def train_step(engine: Engine, config: Config, batch: Prepared, step: int) -> St
     output = engine.step(batch)
     text_loss, image_loss = float(output.text_loss), float(output.image_loss)
     if not math.isfinite(text_loss + image_loss):
+        hint = "; fp16 ends at 65504, training.precision=bf16 does not" if config.training.precision == "fp16" else ""
         raise TrainingDiverged(
-            f"step {step}: losses {text_loss} (text), {image_loss} (image); weights are those before"
+            f"step {step}: losses {text_loss} (text), {image_loss} (image); weights are those before{hint}"
         )
     start = time.perf_counter()
-    grad_norm = update(engine.optimizer, step)
+    scale = float(engine.loss_scale.scale) if engine.loss_scale else 1.0
+    grad_norm = update(engine, step)
     output.seconds["update"] = time.perf_counter() - start
-    return StepReport(output, text_loss, image_loss, grad_norm, factor)
+    skipped = engine.loss_scale.skipped if engine.loss_scale else 0
+    return StepReport(output, text_loss, image_loss, grad_norm, factor, scale, skipped)
 
 
-def update(optimizer: ChainedOptimizer, step: int) -> float:
-    """Clip all gradients by one norm over encoder and decoder, and apply them. Returns that norm.
+def update(engine: Engine, step: int) -> float | None:
+    """Clip all gradients by one norm over encoder and decoder, and apply them.
+
+    Returns:
+        That norm, of unscaled gradients; None if fp16's gradients overflowed anywhere and nothing was applied anywhere.
 
     Raises:
-        TrainingDiverged: the norm is not finite; nothing was applied.
+        TrainingDiverged: the norm is not finite, or gradients overflow at the smallest loss scale; nothing was applied.
     """
-    optimizer.prepare_grads()
+    optimizer, scale = engine.optimizer, engine.loss_scale
+    overflow = optimizer.prepare_grads()
+    if scale is not None:
+        if overflow and scale.at_minimum:
+            raise TrainingDiverged(
+                f"step {step}: gradients are not finite at the smallest loss scale; weights are those before"
+            )
+        scale.conclude(overflow)
+        if overflow:
+            return None
     norm = float(optimizer.get_grad_norm())
     if not math.isfinite(norm):
         raise TrainingDiverged(f"step {step}: gradient norm {norm}; weights are those before")

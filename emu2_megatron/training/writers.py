@@ -49,7 +49,7 @@ class Writers:
         self.jsonl.write(json.dumps(record) + "\n")
         if self.tensorboard is not None:
             for name, value in record.items():
-                if name != "step":
+                if name != "step" and value is not None:
                     self.tensorboard.add_scalar(_tag(name), value, record["step"])
         if self.console.is_terminal:
             # Above the bar; where a terminal is too narrow for one line, the phases go into a second one.
@@ -79,8 +79,9 @@ class Writers:
             ("tokens/s", "tokens_per_second"),
             ("images/s", "images_per_second"),
             ("samples skipped", "skipped_samples"),
+            ("updates skipped", "skipped_updates"),
         ):
-            table.add_row(label, f"{first[name]:.4g}", f"{last[name]:.4g}")
+            table.add_row(label, _short(first[name]), _short(last[name]))
         for label, name in (
             ("milliseconds a step", "step_seconds"),
             *((f"  {phase.replace('_', ' ')}", f"{phase}_seconds") for phase in PHASES),
@@ -99,12 +100,17 @@ def _tag(name: str) -> str:
     return f"lr/{name.removeprefix('lr_')}" if name.startswith("lr_") else f"run/{name}"
 
 
+def _short(value: float | None) -> str:
+    return "skipped" if value is None else f"{value:.4g}"
+
+
 def _line(record: dict[str, Any]) -> str:
     """One line that a person can follow."""
     phases = " ".join(f"{phase.replace('_', ' ')} {record[f'{phase}_seconds'] * 1e3:.0f}" for phase in PHASES)
     skipped = f" | skipped {record['skipped_samples']}" if record["skipped_samples"] else ""
+    scale = f" scale {record['loss_scale']:g}" if record["loss_scale"] != 1 else ""
     return (
         f"step {record['step']:>6} | text {record['text_loss']:.4f} | image {record['image_loss']:.4f} "
-        f"(mean {record['mean_predictor_image_loss']:.4f}) | norm {record['grad_norm']:.3f} | "
+        f"(mean {record['mean_predictor_image_loss']:.4f}) | norm {_short(record['grad_norm'])}{scale} | "
         f"{record['tokens_per_second']:.0f} tokens/s {record['images_per_second']:.1f} images/s{skipped} | ms: {phases}"
     )

@@ -59,6 +59,7 @@ MAY_BE_ZERO = {
     "data.image_first_probability",
     "training.text_loss_weight",
     "training.image_loss_weight",
+    "training.recompute_layers",
     "training.seed",
     "optimizer.adam_beta1",
     "optimizer.adam_beta2",
@@ -88,11 +89,11 @@ def test_zero(key):
         ("optimizer__warmup_ratio", 1.0, 1.01),
         ("optimizer__adam_beta1", 0.999, 1.0),
         ("optimizer__adam_beta2", 0.999, 1.0),
-        ("training__precision", "fp32", "fp16"),
+        ("training__precision", "fp16", "fp8"),
         ("optimizer__lr_schedule", "constant", "cosin"),
         ("optimizer__warmup_steps", 20350, 20351),
         ("parallel__tensor_parallel_size", 4, 3),
-        ("parallel__pipeline_parallel_size", 2, 3),
+        ("parallel__pipeline_parallel_size", 3, 5),
         ("model__encoder__num_attention_heads", 7, 5),
         ("model__decoder__num_attention_heads", 8, 3),
         ("model__decoder__num_attention_heads", 64, 128),  # 2 and 1 wide
@@ -109,7 +110,7 @@ def test_legal_neighbours(key, legal, illegal):
 
 
 def test_messages_name_the_tables():
-    assert error_of(changed(TINY, training__precision="fp16")) == "training.precision: fp16; legal: bf16, fp32"
+    assert error_of(changed(TINY, training__precision="fp8")) == "training.precision: fp8; legal: bf16, fp16, fp32"
     assert error_of(changed(TINY, optimizer__lr_schedule="")).endswith("legal: cosine, linear, constant")
 
 
@@ -135,10 +136,10 @@ def test_tensor_parallel_sizes_of_the_large_model():
 
 
 def test_pipeline_parallel_sizes_of_the_large_model():
-    assert error_of(changed(LARGE, parallel__pipeline_parallel_size=8)) == (
-        "parallel.pipeline_parallel_size: 8; must divide model.decoder.num_layers 60, legal: "
-        "1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60; or share them out by parallel.pipeline_layout"
+    assert error_of(changed(LARGE, parallel__pipeline_parallel_size=61)) == (
+        "parallel.pipeline_parallel_size: 61; legal: up to model.decoder.num_layers 60, one for every stage"
     )
+    assert validate.validate(changed(LARGE, parallel__pipeline_parallel_size=8), 16) == 2
     uneven = (7, 7, 7, 7, 8, 8, 8, 8)
     config = changed(LARGE, parallel__pipeline_parallel_size=8, parallel__pipeline_layout=uneven)
     assert validate.validate(config, 16) == 2
@@ -262,9 +263,10 @@ def test_rules_name_real_keys():
 def test_virtual_pipeline():
     deep = changed(TINY, model__decoder__num_layers=8, parallel__pipeline_parallel_size=2)
     validate.validate(changed(deep, parallel__virtual_pipeline_parallel_size=4), None)
-    assert error_of(changed(deep, parallel__virtual_pipeline_parallel_size=3)) == (
-        "parallel.virtual_pipeline_parallel_size: 3; must divide the 4 layers of a stage, legal: 1, 2, 4; "
-        "or share them out by parallel.pipeline_layout"
+    validate.validate(changed(deep, parallel__virtual_pipeline_parallel_size=3), None)
+    assert error_of(changed(deep, parallel__virtual_pipeline_parallel_size=5)) == (
+        "parallel.virtual_pipeline_parallel_size: 5; legal: up to 4, for one of model.decoder.num_layers 8 in every "
+        "part of every stage"
     )
     layout = (1, 1, 1, 2, 2, 1)
     validate.validate(changed(deep, parallel__virtual_pipeline_parallel_size=3, parallel__pipeline_layout=layout), None)
@@ -306,3 +308,19 @@ def test_prefetch_is_for_a_frozen_encoder():
     ahead = changed(TINY, training__encoder_prefetch=True)
     assert validate.validate(ahead, None) == 1
     assert error_of(changed(ahead, training__train_encoder=True)).startswith("training.encoder_prefetch: true; ")
+
+
+def test_recompute_layers():
+    config = changed(TINY, parallel__pipeline_parallel_size=3)  # 1, 2 and 1 layers
+    block = changed(config, training__recompute="block")
+    for layers in (1, 2):
+        validate.validate(changed(block, training__recompute_layers=layers), None)
+    for layers in (0, 3):
+        assert error_of(changed(block, training__recompute_layers=layers)) == (
+            f"training.recompute_layers: {layers}; legal with training.recompute block: 1 to 2, the layers of the "
+            "largest part"
+        )
+    for recompute in ("none", "attention", "full"):
+        assert error_of(changed(config, training__recompute=recompute, training__recompute_layers=1)) == (
+            f"training.recompute_layers: 1; training.recompute is {recompute}, legal: 0; or training.recompute=block"
+        )

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from emu2_megatron.config.presets import PRESETS
 from emu2_megatron.config.schema import Config, TrainingConfig
 from emu2_megatron.data.batch import targets
+from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL
 from emu2_megatron.model import parameters
 from emu2_megatron.model.decoder import DecoderStage, MicroBatch, padded_vocab_size, transformer_config
 from emu2_megatron.model.eva_vit import EvaVisionTransformer
@@ -59,6 +60,21 @@ def test_equals_transformers(preset: str, rotary_base: float, world_of_one: Topo
     wanted = llama(tokens_BS).logits
     # Both are fp32; logits are sums of a few hundred products of order 0.1.
     assert (stage.logits(hidden_SBD).transpose(0, 1) - wanted).abs().max() < 1e-5 * wanted.abs().max().clamp(min=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("overflowed", [False, True])
+def test_an_embedding_that_overflowed_shows_in_the_loss(overflowed: bool, world_of_one: Topology) -> None:
+    """fp16: the encoder's output is infinite for a picture that nothing is predicted from, at the end of a sequence."""
+    stage = stage_of(harness.config(precision="fp16"))
+    parameters.fill_decoder(stage, harness.MODEL, parameters.fresh(harness.MODEL, 0, CPU), 0, 0, 1)
+    roles_BS = torch.tensor([[0, TEXT_TARGET, TEXT_TARGET, VISUAL, VISUAL]], dtype=torch.uint8)
+    tokens_BS = torch.arange(5)[None]
+    features_RE = torch.full((2, harness.MODEL.encoder.hidden_size), 65504.0, dtype=torch.float16)
+    batch = MicroBatch(tokens_BS, targets(tokens_BS, roles_BS), features_RE * (2 if overflowed else 1))
+    text_sum, square_sum = stage.loss_sums(torch.ones(5, 1, harness.MODEL.decoder.hidden_size).half(), batch)
+    assert text_sum.isfinite() and text_sum > 0
+    assert square_sum.isnan() if overflowed else square_sum == 0
 
 
 @pytest.mark.parametrize(("preset", "count"), [("emu2_37b", 36_906_513_152), ("emu2_chat_37b", 36_906_539_776)])
