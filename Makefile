@@ -49,7 +49,7 @@ test: $(STAMP)  ## all tests that need no GPU
 test-gpu: $(STAMP)  ## the tests that need a GPU
 	@$(VENV)/bin/pytest -q -m gpu
 
-compat: $(STAMP)  ## all tests that need no GPU, on Python 3.12 with the newest megatron-core (other torch: several GB)
+compat: $(STAMP)  ## all tests that need no GPU, on Python 3.12 with the newest megatron-core (5 GB more)
 	@$(VENV)/bin/nox --session compat
 
 check: $(STAMP)  ## ruff, mypy and the fast tests
