@@ -45,6 +45,7 @@ def test_two_processes(shards: Path, tmp_path: Path) -> None:
     ]  # fmt: skip
     done = emu2("train", "--config", "tiny_interleaved", *overrides)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == "", "libraries talk to users of libraries"
 
     records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == [1, 2, 4, 5]

@@ -4,8 +4,10 @@ Every package that touches megatron-core imports this module in its `__init__`, 
 redirection of `cuda_on_cpu` is in place before megatron-core is loaded.
 """
 
+import logging
 import os
 import warnings
+from functools import partial
 
 import torch
 
@@ -19,6 +21,21 @@ BACKEND = "nccl" if IS_CUDA else "gloo"
 warnings.filterwarnings("ignore", module=r"megatron\.")
 # torch 2.13 renames collectives that megatron-core, and torch before it, know by their old names.
 warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
+
+
+def _is_other(message: str, record: logging.LogRecord) -> bool:
+    return message not in record.getMessage()
+
+
+for _logger, _message in {
+    # A CUDA build of torch on a machine without a GPU says so in every process.
+    "torch.utils.cpp_extension": "No CUDA runtime is found",
+    # megatron-core 0.19 wants callers to give what it works out itself otherwise; 0.16 cannot be given it.
+    "megatron.core.distributed.distributed_data_parallel": "full_param_layout not provided",
+    # megatron-core 0.19 says so of every save; ours are not asynchronous.
+    "megatron.core.dist_checkpointing.strategies.torch": "async save is deprecated",
+}.items():
+    logging.getLogger(_logger).addFilter(partial(_is_other, _message))
 if not IS_CUDA:
     cuda_on_cpu.apply()
 

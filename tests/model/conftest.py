@@ -8,7 +8,7 @@ import pytest
 from emu2_megatron.parallel import topology
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module")  # not "package": that is the whole session where folders have no __init__.py
 def world_of_one() -> Iterator[topology.Topology]:
     """Process groups of a single rank."""
     topology.start("gloo")
