@@ -38,7 +38,7 @@ def test_mfu_counts_the_pictures_that_were_encoded(world_of_one: topology.Topolo
     counts = torch.tensor([100, 40, 11, 8, 6])
     width = config.model.encoder.hidden_size
     output = StepOutput(torch.tensor(1.0), torch.tensor(1.0), counts, torch.zeros(2 * width + 1).double(), {})
-    report = StepReport(output, 1.0, 1.0, 1.0, 1.0)
+    report = StepReport(output, 1.0, 1.0, 1.0, 1.0, loss_scale=1.0, skipped_updates=0)
     meter.add(report)
     meter.add(report)
     record = meter.record(2, report, 0)

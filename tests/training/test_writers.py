@@ -16,7 +16,7 @@ def test_skipped_update(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     writers = Writers(replace(harness.config(), logging=LoggingConfig(directory=str(tmp_path))))
     for step, norm in ((1, None), (2, 0.5)):
         fields = ("text_loss image_loss mean_predictor_image_loss tokens_per_second images_per_second step_seconds "
-                  "skipped_samples skipped_updates").split()  # fmt: skip
+                  "skipped_samples skipped_updates mfu tflops_per_second").split()  # fmt: skip
         record = dict.fromkeys([*fields, *(f"{phase}_seconds" for phase in PHASES)], 1)
         writers.write({**record, "step": step, "grad_norm": norm, "loss_scale": 2.0**32 / step})
     writers.close()
