@@ -154,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         help="compute the visual embeddings of a frozen encoder once, for training on them",
         usage="emu2 embed --config NAME_OR_FILE --output DIR [KEY=VALUE ...]",
         description="Write data.shards again with visual embeddings in the place of pictures. Training with the same "
-        "configuration finds them by itself and leaves the encoder out. A shard that DIR has already is left alone. "
+        "configuration finds them by itself and does not run the encoder. A shard that DIR has already is left alone. "
         "Under torchrun, every process takes its share of the shards.",
         allow_abbrev=False,
     )

@@ -13,6 +13,10 @@ class DataError(Emu2Error):
     """A sample, shard or tokenizer that cannot be read. A bad sample is skipped and counted, never fatal by itself."""
 
 
+class FeaturesError(Emu2Error):
+    """Precomputed features that are sound and another run's. Which rank meets them depends on the data."""
+
+
 class CheckpointError(Emu2Error):
     """A checkpoint that cannot be written or read."""
 

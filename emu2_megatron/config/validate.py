@@ -253,8 +253,8 @@ RULES: list[Rule] = [
     _one_of("training.precision", PRECISIONS),
     Rule(
         "training.initial_loss_scale",
-        lambda config: config.training.initial_loss_scale >= 1,
-        lambda _: "legal: 1 or more, 1 is where halving ends",
+        lambda config: 1 <= config.training.initial_loss_scale <= 2.0**127,
+        lambda _: "legal: 1, where halving ends, to 2^127, the largest power of two in fp32",
     ),
     _one_of("training.recompute", RECOMPUTE),
     _one_of("optimizer.lr_schedule", LR_SCHEDULES),
@@ -274,6 +274,18 @@ RULES: list[Rule] = [
         "training.encoder_prefetch",
         lambda config: not (config.training.encoder_prefetch and config.training.train_encoder),
         lambda _: "training.train_encoder changes the encoder before the next step needs it, legal: false",
+    ),
+    Rule(
+        "training.encoder_prefetch",
+        lambda config: (
+            not (
+                config.training.encoder_prefetch
+                and config.fp8.encoder
+                and config.fp8.recipe != "none"
+                and not config.fp8.emulate
+            )
+        ),
+        lambda _: "Transformer Engine has one workspace for all streams, legal: false, or fp8.encoder=false",
     ),
     Rule(
         "training.text_loss_weight",

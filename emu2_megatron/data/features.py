@@ -1,7 +1,7 @@
 """Visual embeddings computed beforehand, as members `KEY.NAME.safetensors` of a shard.
 
 They stand where a picture's file stood; `emu2 embed` puts them there (`training/embed.py`). The sample's JSON then has
-`"encoder"`: the fingerprint of the encoder they are from.
+`"emu2_encoder"`: the fingerprint of the encoder they are from.
 """
 
 import torch
@@ -11,13 +11,13 @@ from safetensors.torch import load, save
 from emu2_megatron.config.schema import Config
 from emu2_megatron.data.sequence import Features
 from emu2_megatron.data.shards import RawSample
-from emu2_megatron.errors import ConfigError, DataError
+from emu2_megatron.errors import DataError, FeaturesError
 from emu2_megatron.platform.precision import DTYPES
 
 EXTENSION = "safetensors"
 """What a member with features ends with."""
-ENCODER = "encoder"
-"""Field of the sample's JSON: the fingerprint of the encoder."""
+ENCODER = "emu2_encoder"
+"""Field of the sample's JSON: the fingerprint of the encoder, `model/parameters.fingerprint`."""
 
 
 def to_bytes(rows_QE: torch.Tensor) -> bytes:
@@ -30,12 +30,14 @@ def read_features(raw: RawSample, name: str, config: Config) -> Features:
 
     Raises:
         DataError: they cannot be read or have the wrong width; `"reason: detail"`.
-        ConfigError: they are sound and made for another configuration: skipping them would skip all of them.
+        FeaturesError: they are sound and made for another configuration: skipping them would skip all of them.
     """
     try:
         rows_QE = load(raw.files[name])["rows_QE"]
     except (SafetensorError, KeyError) as error:
         raise DataError(f"features cannot be read: {raw.key}.{name}: {error}") from error
+    if rows_QE.ndim != 2:
+        raise DataError(f"features cannot be read: {raw.key}.{name}: shape {list(rows_QE.shape)}, wanted [Q, E]")
     encoder = raw.meta.get(ENCODER)
     if not isinstance(encoder, str):
         raise DataError(f"features cannot be read: {raw.key}.json does not name their {ENCODER}")
@@ -47,7 +49,7 @@ def read_features(raw: RawSample, name: str, config: Config) -> Features:
         ("training.precision", dtype, rows_QE.dtype),
     ):
         if wanted != found:
-            raise ConfigError(
+            raise FeaturesError(
                 f"{key}: {wanted}; the precomputed features of {raw.key}.{name} in data.shards have {found}, "
                 "run `emu2 embed` with this run's configuration"
             )

@@ -52,7 +52,7 @@ def build_sample(raw: RawSample, tokenizer: Tokenizer, config: Config, epoch: in
     Whether a caption follows its picture is drawn from a generator that depends on (training.seed, epoch, index) only.
 
     Raises DataError ("reason: detail") if the sample does not follow the format of `data/shards.py`, a picture that is
-    kept cannot be decoded, or neither text nor picture is left to learn from; ConfigError as `read_features` does.
+    kept cannot be decoded, or neither text nor picture is left to learn from; FeaturesError as `read_features` does.
     """
     length, queries = config.data.sequence_length, config.model.image_queries
     marker_role = TEXT_TARGET if config.data.supervise_image_markers else 0

@@ -37,6 +37,9 @@ from emu2_megatron.errors import DataError
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "safetensors")
 """Members that are pictures, or features of them; a sample's only other member is its json."""
 
+UNREADABLE = "shard cannot be read"
+"""Reason of an error that lies with the disk, not with the sample."""
+
 _BLOCK = 512  # every tar header and member is padded to this many bytes
 
 
@@ -85,10 +88,11 @@ class ShardIndex:
 
     `patterns` are paths or glob patterns (`**` crosses folders); a shard that several of them match counts once.
     Raises DataError if a pattern matches nothing, if a shard cannot be read, is cut off or breaks the format (the
-    message names shard and member), or if there is no sample at all. Reading is safe from several threads.
+    message names shard and member), or if there is no sample at all (unless `may_be_empty`). Reading is safe from
+    several threads.
     """
 
-    def __init__(self, patterns: Sequence[str]) -> None:
+    def __init__(self, patterns: Sequence[str], may_be_empty: bool = False) -> None:
         self.paths = shard_paths(patterns)
         self._shards = array("i")
         self._starts = array("q")
@@ -98,7 +102,7 @@ class ShardIndex:
                 self._shards.append(number)
                 self._starts.append(start)
                 self._stops.append(stop)
-        if not self._starts:
+        if not self._starts and not may_be_empty:
             raise DataError(f"no samples in {', '.join(self.paths) or 'data.shards, which is empty'}; {_ADVICE}")
 
     def __len__(self) -> int:
@@ -119,9 +123,9 @@ class ShardIndex:
                 members = [(member.name, tar.extractfile(member)) for member in tar if member.isreg()]
                 contents = [(*_split(name, path), file.read()) for name, file in members if file is not None]
         except (OSError, tarfile.TarError) as error:
-            raise DataError(f"shard cannot be read: {error}") from error
+            raise DataError(f"{UNREADABLE}: {error}") from error
         if len(data) != size or len({key for key, _, _ in contents}) != 1:
-            raise DataError(f"shard cannot be read: {path} has changed since it was indexed")
+            raise DataError(f"{UNREADABLE}: {path} has changed since it was indexed")
         key = contents[0][0]
         files = {name: content for _, name, content in contents}
         if "json" not in files:

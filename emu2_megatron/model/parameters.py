@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from emu2_megatron.config.schema import Fp8Config, ModelConfig
+from emu2_megatron.config.schema import Config, ModelConfig
 from emu2_megatron.errors import ConversionError
 
 _LM = "decoder.lm."
@@ -216,13 +216,19 @@ def _checked(name: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 @torch.no_grad()
-def fingerprint(encoder: nn.Module, fp8: Fp8Config) -> str:
-    """16 hexadecimal digits that say whose features are whose: they depend on every bit, name and dtype of the
-    encoder's parameters and on its recipe of FP8, and not on the device.
+def fingerprint(encoder: nn.Module, config: Config) -> str:
+    """16 hexadecimal digits that say whose features are whose.
+
+    They depend on every bit, name and dtype of the encoder's parameters, and on what else its output depends on: heads,
+    epsilon, FP8, and how many embeddings are made of a picture. They do not depend on the device.
+
 
     Integer sums over the bits of each tensor, so that billions of numbers cost a read of the memory and not a hash.
     """
-    digest = hashlib.sha256(fp8.recipe.encode() if fp8.encoder else b"none")
+    vit, recipe = config.model.encoder, config.fp8.recipe if config.fp8.encoder else "none"
+    digest = hashlib.sha256(
+        f"{vit.num_attention_heads} {vit.layernorm_epsilon} {recipe} {config.model.image_queries}".encode()
+    )
     for name, parameter in sorted(encoder.named_parameters()):
         bits = parameter.detach().flatten().view({2: torch.int16, 4: torch.int32}[parameter.element_size()])
         sums = [0, 0]

@@ -1,6 +1,6 @@
 """The training step: load and exchange, encode, decode, and (if it is trained) the encoder's backward pass.
 
-The encoder is not part of the pipeline. Every rank encodes the pictures of the sequences it loaded; the embeddings are
+The encoder is not part of the pipeline. Every rank encodes an even share of its replica's pictures; the embeddings are
 gathered within the replica, so that the first stage has them as inputs and the last stage as regression targets; the
 pipeline runs over the decoder alone; gradients of the embeddings, collected on the first stage, return to the rank that
 encoded the picture. ARCHITECTURE.md explains why.
@@ -21,7 +21,7 @@ from emu2_megatron.config.schema import Config
 from emu2_megatron.data.batch import Targets, share, targets
 from emu2_megatron.data.decode import normalize
 from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL, VISUAL_TARGET, Features, PackedSequence
-from emu2_megatron.errors import ConfigError
+from emu2_megatron.errors import FeaturesError
 from emu2_megatron.model.decoder import DecoderStage, MicroBatch
 from emu2_megatron.model.parameters import fingerprint
 from emu2_megatron.parallel import exchange, topology
@@ -114,14 +114,14 @@ class ThreePhaseStep:
             own: this rank's sequences (`Topology.slots`, in order).
 
         Raises:
-            ConfigError: features were computed by another encoder, or the encoder is trained.
+            FeaturesError: features were computed by another encoder, or the encoder is trained.
         """
         clock = _Clock({})
         stored_RE = self._stored(own)
         tokens_NS, roles_NS = exchange.gather_sequences(
             own, self.sequences, self.config.data.sequence_length, self.replica, device()
         )
-        counts = self._count(roles_NS, own)
+        counts = self._count(roles_NS)
         placement = exchange.place(roles_NS, self.here.replica_size)
         loaded = [torch.from_numpy(p) for sequence in own for p in sequence.pictures if not isinstance(p, Features)]
         size = self.config.model.encoder.image_size
@@ -168,21 +168,21 @@ class ThreePhaseStep:
         """Embeddings [R, E] that were loaded, if they are what the encoder would compute."""
         features = [picture for sequence in own for picture in sequence.pictures if isinstance(picture, Features)]
         if features and self.trains_encoder:
-            raise ConfigError(
+            raise FeaturesError(
                 "training.train_encoder: true; data.shards has precomputed features, which are a frozen encoder's, "
                 "legal: false, or shards with pictures"
             )
         if features and self.fingerprint is None:
-            self.fingerprint = fingerprint(self.encoder, self.config.fp8)
+            self.fingerprint = fingerprint(self.encoder, self.config)
         if others := {f.encoder for f in features} - {self.fingerprint}:
-            raise ConfigError(
+            raise FeaturesError(
                 f"data.shards: precomputed features are from encoder {others.pop()}, this run's is {self.fingerprint}; "
                 "run `emu2 embed` with this run's configuration"
             )
         no_rows = torch.empty(0, self.config.model.encoder.hidden_size, dtype=self.dtype)
         return to_device(torch.cat([no_rows, *(f.rows_QE for f in features)]))
 
-    def _count(self, roles_NS: Tensor, own: list[PackedSequence]) -> Tensor:
+    def _count(self, roles_NS: Tensor) -> Tensor:
         """Targets, pictures and sequences of the global batch, known before the forward pass."""
         # Every rank of a replica knows all its roles.
         roles = (TEXT_TARGET, VISUAL_TARGET, exchange.FIRST, exchange.STORED)

@@ -122,7 +122,9 @@ def build(config: Config, here: Topology, source: parameters.Source | None = Non
 
 
 def build_encoder(config: Config, source: parameters.Source | None = None) -> EvaVisionTransformer:
-    """The encoder, filled, on this rank's device; arguments as of `build`."""
+    """The encoder, filled, on this rank's device; arguments and errors as of `build`."""
+    if config.fp8.encoder:
+        kernels.require_fp8(config.fp8)
     with torch.device("meta"):  # torch's own initialisation of 4 B numbers on every rank would be thrown away
         encoder = EvaVisionTransformer(config.model.encoder).to(DTYPES[config.training.precision])
     encoder.to_empty(device=device())

@@ -59,6 +59,6 @@ def to_device(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def synchronize() -> None:
-    """Wait for the device, so that a clock read next tells the truth."""
+    """Wait for what this stream has to do, so that a clock read next tells the truth; other streams go on."""
     if IS_CUDA:
-        torch.cuda.synchronize()
+        torch.cuda.current_stream().synchronize()

@@ -3,7 +3,8 @@
 Every shard becomes another with the same samples in the same order, in which features stand in the place of pictures
 (`data/features.py`). Training on them is the same run, to the bit where the encoder's arithmetic does not depend on
 which pictures share a batch (it does not on a CPU): a sample that cannot be embedded stays as it is, so that training
-finds it where it was and treats it as it would have.
+finds it where it was and skips or uses it as it would have. (One whose JSON cannot be read is replaced by one that says
+so, and is skipped for that.)
 """
 
 import os
@@ -23,8 +24,8 @@ from emu2_megatron.config.schema import Config
 from emu2_megatron.data.decode import decode_image, normalize
 from emu2_megatron.data.features import ENCODER, EXTENSION, to_bytes
 from emu2_megatron.data.samples import reason_of
-from emu2_megatron.data.shards import RawSample, ShardIndex, shard_paths, write_shard
-from emu2_megatron.errors import ConfigError, DataError
+from emu2_megatron.data.shards import UNREADABLE, RawSample, ShardIndex, shard_paths, write_shard
+from emu2_megatron.errors import ConfigError, DataError, FeaturesError
 from emu2_megatron.model.eva_vit import EvaVisionTransformer
 from emu2_megatron.model.parameters import fingerprint
 from emu2_megatron.parallel.wrap import build_encoder
@@ -49,16 +50,26 @@ def embed(config: Config, output: Path) -> Counter[str]:
         reason.
 
     Raises:
-        ConfigError: `output` holds features of another encoder, or is where the shards come from.
+        ConfigError: `output` is where the shards come from, or they would be in another order there; the encoder is to
+            be trained, or cannot run here.
+        FeaturesError: `output` holds features of another encoder.
         DataError: a shard cannot be read.
     """
+    if config.training.train_encoder:
+        raise ConfigError("training.train_encoder: true; features are a frozen encoder's, legal: false")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     activate()
     paths = shard_paths(config.data.shards)
     root = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
     targets = {path: output / os.path.relpath(os.path.abspath(path), root) for path in paths}
+    new = [str(target) for target in targets.values()]
+    if new != sorted(set(new)):
+        raise ConfigError(
+            f"data.shards: {', '.join(config.data.shards)}; below --output they would be in another order, or one "
+            "twice, and training would read other samples; give them as patterns below one folder"
+        )
     encoder = build_encoder(config).requires_grad_(False).eval()
-    name = fingerprint(encoder, config.fp8)
+    name = fingerprint(encoder, config)
     for path, target in targets.items():
         if target.exists() and target.samefile(path):
             raise ConfigError(f"--output: {output} is where data.shards come from; choose another folder")
@@ -68,7 +79,7 @@ def embed(config: Config, output: Path) -> Counter[str]:
     console = Console()
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=rank > 0 or not console.is_terminal) as bar:
         for path in paths[rank::world_size]:
-            index, target = ShardIndex([path]), targets[path]
+            index, target = ShardIndex([path], may_be_empty=True), targets[path]
             if target.exists():
                 _check_encoder(target, name)
                 done["shards that were there"] += 1
@@ -83,12 +94,13 @@ def embed(config: Config, output: Path) -> Counter[str]:
 
 def _check_encoder(shard: Path, name: str) -> None:
     """Refuse features of another encoder than `name`."""
-    index = ShardIndex([str(shard)])
+    index = ShardIndex([str(shard)], may_be_empty=True)
     found = (index.read(i).meta.get(ENCODER) for i in range(len(index)))
     other = next((encoder for encoder in found if encoder is not None), name)
     if other != name:
-        raise ConfigError(
-            f"--output: {shard} has features of encoder {other}, this configuration's is {name}; choose another folder"
+        raise FeaturesError(
+            f"--output: {shard} has features of encoder {other}, this configuration's is {name} (its weights, settings "
+            "and model.image_queries count); choose another folder"
         )
 
 
@@ -128,9 +140,11 @@ def _decode(index: ShardIndex, size: int, i: int) -> tuple[RawSample, dict[str, 
     try:
         raw = index.read(i)
     except DataError as error:
+        if reason_of(error) == UNREADABLE:
+            raise  # another try may read it: it must not be lost for good
         meta = {"kind": _UNUSABLE, "reason": str(error)}
         return RawSample(f"{_UNUSABLE}_{i}", meta), None, reason_of(error)
-    if ENCODER in raw.meta:
+    if any(name.endswith(f".{EXTENSION}") for name in raw.files):
         return raw, None, "has features already"
     try:
         return raw, {name: decode_image(data, size) for name, data in raw.files.items()}, ""

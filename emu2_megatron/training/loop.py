@@ -62,14 +62,14 @@ def _steps(config: Config, engine: wrap.Engine, loader: Loader, writers: Writers
     if writers:
         writers.say(what_is_counted)
     meter = Meter(config, best)
-    for step, (batch, cursors) in enumerate(_batches(config, engine, loader), start=1):
+    for step, (batch, cursors, skipped) in enumerate(_batches(config, engine, loader), start=1):
         report = train_step(engine, config, batch, step - 1)
         meter.add(report)
         last = step == config.training.steps
         if writers:
             writers.advance(step)
         if step == 1 or last or step % config.logging.every == 0:
-            record = meter.record(step, report, sum(loader.skipped.values()))
+            record = meter.record(step, report, skipped)
             meter = Meter(config, best)
             if writers:
                 writers.write(record)
@@ -78,9 +78,10 @@ def _steps(config: Config, engine: wrap.Engine, loader: Loader, writers: Writers
     return saved
 
 
-def _batches(config: Config, engine: wrap.Engine, loader: Loader) -> Iterator[tuple[Prepared, dict[int, int]]]:
-    """The batch of every step and the place in the data after it; prepared one step ahead if the encoder runs ahead."""
-    ahead: deque[tuple[Prepared, dict[int, int]]] = deque()
+def _batches(config: Config, engine: wrap.Engine, loader: Loader) -> Iterator[tuple[Prepared, dict[int, int], int]]:
+    """The batch of every step, the place in the data after it, and the samples skipped until then; prepared one step
+    ahead if the encoder runs ahead."""
+    ahead: deque[tuple[Prepared, dict[int, int], int]] = deque()
     for left in range(config.training.steps, 0, -1):
         while len(ahead) < min(left, 1 + config.training.encoder_prefetch):
             start = time.perf_counter()
@@ -88,7 +89,7 @@ def _batches(config: Config, engine: wrap.Engine, loader: Loader) -> Iterator[tu
             load_seconds = time.perf_counter() - start
             batch = engine.step.prepare(own)
             batch.seconds["load"] = load_seconds
-            ahead.append((batch, loader.state()))
+            ahead.append((batch, loader.state(), sum(loader.skipped.values())))
         yield ahead.popleft()
 
 

@@ -320,6 +320,19 @@ def test_prefetch_is_for_a_frozen_encoder():
     assert error_of(changed(ahead, training__train_encoder=True)).startswith("training.encoder_prefetch: true; ")
 
 
+def test_prefetch_and_fp8_do_not_share_a_workspace():
+    ahead = changed(LARGE, training__encoder_prefetch=True, fp8__recipe="current", fp8__encoder=True)
+    assert error_of(ahead).startswith("training.encoder_prefetch: true; Transformer Engine")
+    assert validate.validate(changed(ahead, fp8__emulate=True), None) == 1
+    assert validate.validate(changed(ahead, fp8__encoder=False), None) == 1
+
+
+def test_the_loss_scale_is_a_number_in_fp32():
+    validate.validate(changed(TINY, training__initial_loss_scale=2.0**127), None)
+    for scale in (0.5, 1e39):
+        assert error_of(changed(TINY, training__initial_loss_scale=scale)).startswith("training.initial_loss_scale: ")
+
+
 def test_recompute_layers():
     config = changed(TINY, parallel__pipeline_parallel_size=3)  # 1, 2 and 1 layers
     block = changed(config, training__recompute="block")

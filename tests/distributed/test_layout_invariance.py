@@ -15,7 +15,7 @@ import torch
 from harness import MODEL
 from torch import Tensor
 
-from emu2_megatron.config.schema import Config, Fp8Config, OptimizerConfig
+from emu2_megatron.config.schema import Config, OptimizerConfig
 from emu2_megatron.data.decode import normalize
 from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL, VISUAL_TARGET, Features, PackedSequence
 from emu2_megatron.model import parameters
@@ -48,7 +48,7 @@ def worker(_rank: int, config: Config, batches: list[list[PackedSequence]], stor
     engine = wrap.build(config, here)
     if stored:
         for row in (row for batch in batches for row in batch):
-            row.pictures[::stored] = map(partial(features, engine.encoder), row.pictures[::stored])
+            row.pictures[::stored] = map(partial(features, engine.encoder, config), row.pictures[::stored])
     mine = here.slots(config.training.global_batch_size)
 
     prepare = engine.step.prepare
@@ -78,10 +78,10 @@ def worker(_rank: int, config: Config, batches: list[list[PackedSequence]], stor
     }
 
 
-def features(encoder: EvaVisionTransformer, picture: np.ndarray) -> Features:
+def features(encoder: EvaVisionTransformer, config: Config, picture: np.ndarray) -> Features:
     """What `emu2 embed` stores of a picture."""
     pixels = normalize(torch.from_numpy(picture)[None], torch.float32)
-    return Features(encoder(pixels, [harness.QUERIES]).detach(), parameters.fingerprint(encoder, Fp8Config()))
+    return Features(encoder(pixels, [harness.QUERIES]).detach(), parameters.fingerprint(encoder, config))
 
 
 def _local(engine: wrap.Engine, attribute: str) -> list[dict[str, Tensor]]:

@@ -4,11 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from emu2_megatron.config.loading import load
+from emu2_megatron.config.schema import Config
+from emu2_megatron.data.features import ENCODER
 from emu2_megatron.data.shards import RawSample, ShardIndex, write_shard
+from emu2_megatron.errors import ConfigError, DataError
+from emu2_megatron.training.embed import embed
 
 ROOT = Path(__file__).parents[2]
 PHOTOS = sorted((ROOT / "examples" / "data").rglob("*.jpg"))
@@ -81,7 +87,7 @@ def test_the_same_run_to_the_bit(shards: Path, embedded: Path, tmp_path: Path) -
         records = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         keys = ("text_loss", "image_loss", "mean_predictor_image_loss", "grad_norm")
         logs[name] = [[record[key] for key in keys] for record in records]
-        skipped[name] = records[-1]["skipped_samples"]
+        skipped[name] = [record["skipped_samples"] for record in records]
         files = (tmp_path / name / "checkpoints").rglob("*.distcp")
         weights[name] = {file.name: file.read_bytes() for file in files}
         cursors = tmp_path / name / "checkpoints" / "step_00000004" / "trainer.json"
@@ -89,7 +95,7 @@ def test_the_same_run_to_the_bit(shards: Path, embedded: Path, tmp_path: Path) -
     assert len(logs["pictures"]) == 4 and len(weights["pictures"]) > 1
     assert logs["features"] == logs["pictures"] == logs["prefetch"]
     assert weights["features"] == weights["pictures"] == weights["prefetch"]
-    assert skipped["pictures"] == skipped["features"] > 0, "bad samples were met"
+    assert skipped["pictures"] == skipped["features"] == skipped["prefetch"] and skipped["pictures"][-1] > 0
 
 
 def test_started_again(shards: Path, embedded: Path) -> None:
@@ -108,6 +114,7 @@ def test_started_again(shards: Path, embedded: Path) -> None:
     "setting, message",
     [
         ("training.seed=2", "precomputed features are from encoder"),
+        ("model.encoder.num_attention_heads=2", "precomputed features are from encoder"),
         ("training.train_encoder=true", "training.train_encoder: true"),
         ("training.precision=fp32", "training.precision: torch.float32; the precomputed features of"),
         ("model.image_queries=16", "model.image_queries: 16; the precomputed features of"),
@@ -115,14 +122,15 @@ def test_started_again(shards: Path, embedded: Path) -> None:
 )
 def test_features_of_another_run(embedded: Path, tmp_path: Path, setting: str, message: str) -> None:
     done = emu2("train", embedded, f"logging.directory={tmp_path}", setting)
-    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.returncode == 1, done.stdout + done.stderr
     errors = [line for line in done.stderr.splitlines() if not line.startswith("skipped sample")]
     assert len(errors) == 1 and message in errors[0] and "Traceback" not in done.stderr
 
 
 def test_output_of_another_encoder_or_the_input(shards: Path, embedded: Path) -> None:
-    other = emu2("embed", shards, "--output", str(embedded), "training.seed=2")
-    assert other.returncode == 2 and "choose another folder" in other.stderr
+    for setting in ("training.seed=2", "model.image_queries=16"):
+        other = emu2("embed", shards, "--output", str(embedded), setting)
+        assert other.returncode == 1 and "choose another folder" in other.stderr
     same = emu2("embed", shards, "--output", str(shards))
     assert same.returncode == 2 and "is where data.shards come from" in same.stderr
 
@@ -136,3 +144,47 @@ def test_damaged_features_are_skipped(embedded: Path, tmp_path: Path) -> None:
     done = emu2("train", tmp_path, f"logging.directory={tmp_path / 'run'}")
     assert done.returncode == 0, done.stderr
     assert f"features cannot be read: {broken.key}" in done.stderr
+
+
+def config_of(*shards: str, **training: bool) -> Config:
+    config = load("tiny_interleaved", [f"data.shards=[{','.join(shards)}]"])
+    return replace(config, training=replace(config.training, **training))
+
+
+def test_a_disk_that_fails_loses_nothing(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What may be read another time ends the run; what can never be read is replaced."""
+    real = ShardIndex.read
+
+    def read(self: ShardIndex, i: int) -> RawSample:
+        if i == 1:
+            raise DataError("shard cannot be read: [Errno 5] Input/output error")
+        return real(self, i)
+
+    monkeypatch.setattr(ShardIndex, "read", read)
+    with pytest.raises(DataError, match="Input/output error"):
+        embed(config_of(f"{shards}/b/*.tar"), tmp_path)
+    assert not list(tmp_path.rglob("*.tar"))
+
+
+def test_an_empty_shard_and_a_field_of_ones_own(shards: Path, tmp_path: Path) -> None:
+    photo = PHOTOS[0].read_bytes()
+    meta = {"kind": "caption", "text": "A dog.", "image": "0.jpg", "encoder": "my camera"}
+    (tmp_path / "in").mkdir()
+    write_shard(tmp_path / "in" / "a.tar", [RawSample("dog", meta, {"0.jpg": photo})])
+    write_shard(tmp_path / "in" / "b.tar", [])
+    config = config_of(f"{tmp_path}/in/*.tar")
+    assert embed(config, tmp_path / "out")["pictures"] == 1
+    assert embed(config, tmp_path / "out")["shards that were there"] == 2
+    sample = ShardIndex([f"{tmp_path}/out/*.tar"]).read(0)
+    assert sample.meta["encoder"] == "my camera" and sample.meta[ENCODER] != "my camera"
+
+
+def test_what_could_not_be_trained_on_is_refused(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="training.train_encoder: true"):
+        embed(config_of(f"{shards}/**/*.tar", train_encoder=True), tmp_path)
+    # Training sorts paths as they are given: ../b before a. Below the output a comes first.
+    monkeypatch.chdir(shards / "a")
+    with pytest.raises(ConfigError, match="in another order"):
+        embed(config_of("../b/x.tar", f"{shards}/a/x.tar"), tmp_path)
+    with pytest.raises(ConfigError, match="in another order, or one twice"):
+        embed(config_of("x.tar", f"{shards}/a/x.tar"), tmp_path)
