@@ -19,11 +19,11 @@ import torch
 
 from emu2_megatron.config.presets import PRESETS
 from emu2_megatron.config.schema import Config, DataConfig, OptimizerConfig, TrainingConfig
-from emu2_megatron.model.decoder import DTYPES
 from emu2_megatron.parallel import topology, wrap
 from emu2_megatron.platform.device import device, synchronize
+from emu2_megatron.platform.precision import DTYPES
 
-LENGTH, SEQUENCES, MICRO_BATCH, PICTURES = 512, 2, 2, 8
+LENGTH, SEQUENCES, MICRO_BATCH, PICTURES = 512, 4, 2, 8
 MATMUL = 2048
 
 
@@ -113,7 +113,7 @@ def measure(precision: str, rounds: int) -> dict[str, tuple[float, list[float]]]
 
 
 def main() -> int:
-    parser = common.arguments(__doc__, rounds=8)
+    parser = common.arguments(__doc__, rounds=5)
     parser.add_argument(
         "--precision",
         choices=sorted(DTYPES),
