@@ -1,6 +1,7 @@
 """The `emu2` command. Thin: it reads arguments, and imports what a subcommand needs only when that one runs."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from emu2_megatron.platform.gpus import GPUS
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code: 2 for a configuration that cannot run, 1 for any other known error."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without some letter shows "?" for it
     parser = _parser()
     # Overrides may stand before, between and after the options, which argparse cannot say: they are what is left over.
     options, rest = parser.parse_known_args(arguments)
@@ -62,6 +65,7 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     return plan_command.run(
         options.config, overrides, options.gpus, options.gpu, options.images_per_sequence,
         top=options.top, json_file=options.json, html_file=options.html, check=options.check,
+        precomputed=options.precomputed_features,
     )  # fmt: skip
 
 
@@ -137,6 +141,11 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="I",
         help="pictures of a sequence on average; default: as many as fill half of its tokens",
+    )
+    plan.add_argument(
+        "--precomputed-features",
+        action="store_true",
+        help="pictures come as features that `emu2 embed` made: nothing is encoded",
     )
     plan.add_argument("--top", type=int, default=10, metavar="N", help="layouts to show (default %(default)s)")
     plan.add_argument(

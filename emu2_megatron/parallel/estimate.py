@@ -10,7 +10,7 @@ from emu2_megatron.config import flops
 from emu2_megatron.config.flops import Flops
 from emu2_megatron.config.schema import Config
 from emu2_megatron.model.decoder import padded_vocab_size
-from emu2_megatron.parallel import layout
+from emu2_megatron.parallel import layout, schedule
 from emu2_megatron.parallel.estimate_memory import (
     SIZES,
     Memory,
@@ -52,7 +52,7 @@ class Estimate:
     exchanged: dict[str, float]
     """Bytes the busiest rank sends in a step, by purpose."""
     bubble: float
-    """Share of phase 2 in which the busiest stage waits for the pipeline to fill and to drain."""
+    """Share of phase 2 in which the busiest stage waits for others."""
     flops: Flops
     """Model FLOPs of a step, all ranks."""
     peak: float
@@ -84,7 +84,9 @@ class Estimate:
         return max(self.memory, key=lambda stage: stage.total)
 
 
-def estimate(config: Config, world_size: int, data_parallel_size: int, gpu: GPU, images: float) -> Estimate:
+def estimate(
+    config: Config, world_size: int, data_parallel_size: int, gpu: GPU, images: float, precomputed: bool = False
+) -> Estimate:
     """Estimate one layout.
 
     Args:
@@ -93,8 +95,9 @@ def estimate(config: Config, world_size: int, data_parallel_size: int, gpu: GPU,
         data_parallel_size: replicas, from `validate`.
         gpu: what each rank has.
         images: pictures in a sequence, on average.
+        precomputed: whether they come as features, with nothing to encode.
     """
-    work = Work(config, data_parallel_size, images, transformer_engine=True)
+    work = Work(config, data_parallel_size, images, transformer_engine=True, precomputed=precomputed)
     links = _Links(config, data_parallel_size, gpu)
     peak = gpu.peak(config.training.precision)
     part_seconds, tensor_bytes, context_bytes = _parts(work, peak * MATMUL_EFFICIENCY, links)
@@ -103,10 +106,11 @@ def estimate(config: Config, world_size: int, data_parallel_size: int, gpu: GPU,
     chunks = len(part_seconds) // stages
     busy = [sum(sum(part_seconds[part]) for part in layout.parts_of(config, stage)) for stage in range(stages)]
     sent = _pipeline_bytes(work, chunks)
-    bubble = (sum(busy) - max(busy)) / chunks
+    bubble = _bubble(config, part_seconds, busy, micro_batches)
     decode = micro_batches * (max(busy) + sent / links.pipeline) + bubble
 
-    encoder = work.pictures * flops.encoder_forward(config.model) / (peak * MATMUL_EFFICIENCY)
+    encoded = 0 if precomputed else work.pictures
+    encoder = encoded * flops.encoder_forward(config.model) / (peak * MATMUL_EFFICIENCY)
     keeps = config.training.encoder_keep_activations
     back = (BACKWARD + (0 if keeps else 1)) * encoder if config.training.train_encoder else 0.0
     features = work.pictures * config.model.image_queries * config.model.encoder.hidden_size
@@ -143,11 +147,29 @@ def estimate(config: Config, world_size: int, data_parallel_size: int, gpu: GPU,
             config,
             config.training.global_batch_size,
             pictures := config.training.global_batch_size * images,
-            pictures,
+            0 if precomputed else pictures,
             pictures * config.model.image_queries,
         ),
         peak=peak,
     )
+
+
+def _bubble(config: Config, parts: list[tuple[float, float]], busy: list[float], micro_batches: int) -> float:
+    """Seconds that phase 2 takes beyond what the busiest stage works."""
+    stages, layers = config.parallel.pipeline_parallel_size, layout.part_layers(config)
+    chunks = len(parts) // stages
+    if chunks == 1 or len(set(layers)) == 1:
+        return (sum(busy) - max(busy)) / chunks
+    # Uneven parts interleaved: parts wait for each other in the midst of it too. From the schedule itself; its middle
+    # repeats with every group of PP micro-batches.
+    forward, backward = zip(*parts, strict=True)
+
+    def end(count: int) -> float:
+        return max(row[-1].end for row in schedule.timeline(stages, chunks, count, forward, backward))
+
+    drawn = min(micro_batches, 4 * stages)
+    repeated = (micro_batches - drawn) // stages
+    return end(drawn) + (repeated * (end(drawn) - end(drawn - stages)) if repeated else 0.0) - micro_batches * max(busy)
 
 
 class _Links:
@@ -178,11 +200,16 @@ def _parts(work: Work, rate: float, links: _Links) -> tuple[list[tuple[float, fl
 
     layer = batch * flops.layer_forward(model, length) / (tp * cp)
     # An all-gather and a reduce-scatter around attention and around the MLP; all-reduces without sequence parallelism
-    # are the same bytes. Backward does the same again.
+    # are the same bytes. Backward does the same again. With sequence parallelism it also gathers the inputs of both
+    # column-parallel layers again, for the weights' gradients (megatron-core's and Transformer Engine's layers do):
+    # that goes on beside the inputs' gradients and so costs bytes, but no seconds.
     tensor = 4 * (tp - 1) / tp * work.tokens * D * element
-    # Keys and values of the other ranks; backward their gradients.
+    gathered_again = tensor / 2 if parallel.sequence_parallel else 0.0
+    # Keys and values go round the ring of Transformer Engine's context parallelism; backward again, with their
+    # gradients.
     context = 2 * (cp - 1) * work.tokens * D / tp * element
-    layer_exchange = tensor / links.tensor + context / links.context
+    exchange = tensor / links.tensor + context / links.context
+    exchange_back = tensor / links.tensor + 2 * context / links.context
     scores = batch * 2 * length * length * D / (tp * cp) if config.training.recompute == "attention" else 0.0
     seconds = []
     for part, count in enumerate(layers):
@@ -191,13 +218,17 @@ def _parts(work: Work, rate: float, links: _Links) -> tuple[list[tuple[float, fl
             ends += batch * length * flops.vocabulary_forward(model, padded_vocab_size(model, tp)) / (tp * cp)
         for _ in range((part == 0) + (part == len(layers) - 1)):
             ends += batch * work.images * model.image_queries * flops.projection_forward(model)
-        forward = (count * layer + ends) / rate + count * layer_exchange
+        forward = (count * layer + ends) / rate + count * exchange
         again = recomputed(config, count)
-        recompute = (again * layer + (count - again) * scores) / rate + again * layer_exchange
-        seconds.append((forward, recompute + BACKWARD * (count * layer + ends) / rate + count * layer_exchange))
+        recompute = (again * layer + (count - again) * scores) / rate + again * exchange
+        seconds.append((forward, recompute + BACKWARD * (count * layer + ends) / rate + count * exchange_back))
     held = [[layers[part] for part in layout.parts_of(config, s)] for s in range(parallel.pipeline_parallel_size)]
-    passes = [sum(2 * count + recomputed(config, count) for count in stage) for stage in held]
-    return seconds, [n * tensor for n in passes], [n * context for n in passes]
+    counts = [(sum(stage), sum(recomputed(config, count) for count in stage)) for stage in held]
+    return (
+        seconds,
+        [(2 * n + again) * tensor + n * gathered_again for n, again in counts],
+        [(3 * n + again) * context for n, again in counts],
+    )
 
 
 def _pipeline_bytes(work: Work, chunks: int) -> float:

@@ -61,6 +61,8 @@ class Work:
     """Pictures in a sequence, on average."""
     transformer_engine: bool
     """Whether decoder layers are Transformer Engine's (as on a GPU) or PyTorch's (as on a CPU)."""
+    precomputed: bool = False
+    """Whether pictures come as features, so that the encoder only lies in memory."""
 
     @property
     def sequences(self) -> int:
@@ -185,6 +187,8 @@ def _features(work: Work) -> int:
 
 def _encode(work: Work) -> int:
     """Phase 1 without gradients: the widest moment of a block, beside a chunk of pictures."""
+    if work.precomputed:
+        return 0
     e = work.config.model.encoder
     widest = patches(work.config.model) * (2 * e.hidden_size + 2 * e.ffn_hidden_size)
     return _chunk(work) * (_picture(work) + widest * SIZES[work.config.training.precision].weight)

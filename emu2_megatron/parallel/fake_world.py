@@ -7,7 +7,7 @@ the allocations themselves rather than from formulas.
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake" too
 
-from emu2_megatron.config.schema import Config
+from emu2_megatron.config.schema import Config, Fp8Config
 from emu2_megatron.config.validate import replica_size
 from emu2_megatron.model import parameters
 from emu2_megatron.parallel import topology, wrap
@@ -41,6 +41,9 @@ class Built:
 def built(config: Config, world_size: int, rank: int) -> Built:
     """Build rank `rank` of a world of `world_size` as a training run would, and count.
 
+    FP8 is left out: weights, gradients and the optimizer's state are the same, and Transformer Engine, which would
+    convert the operands, need not be there.
+
     Process groups, the device and all random states are afterwards what they were before.
 
     Args:
@@ -51,6 +54,7 @@ def built(config: Config, world_size: int, rank: int) -> Built:
     Raises:
         RuntimeError: this process is part of a process group already.
     """
+    config = replace(config, fp8=Fp8Config())
     with _world(world_size, rank), _random_states():
         here = topology.initialize(config)
         with OnMeta():

@@ -5,6 +5,7 @@ and, if the encoder is trained, its micro-batch and whether its activations are 
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -22,8 +23,11 @@ SEARCHED = (
     "parallel.tensor_parallel_size", "parallel.context_parallel_size", "parallel.pipeline_parallel_size",
     "parallel.virtual_pipeline_parallel_size", "parallel.sequence_parallel", "training.micro_batch_size",
     "training.recompute", "training.encoder_micro_batch_size", "training.encoder_keep_activations",
+    "parallel.pipeline_layout", "training.recompute_layers",
 )  # fmt: skip
-"""Fields that a plan chooses, unless they are fixed."""
+"""Fields that a plan chooses, unless they are fixed. The last two it leaves at null and 0."""
+_RECOMPUTE = frozenset({"training.recompute", "training.recompute_layers"})
+"""Who fixes one fixes the other."""
 LARGEST_WORLD = 4096
 """Where the search for a number of GPUs that would do ends."""
 
@@ -40,6 +44,8 @@ class Request:
     """Pictures in a sequence, on average."""
     fixed: frozenset[str] = frozenset()
     """Dotted keys that the plan must leave as the configuration has them."""
+    precomputed: bool = False
+    """Whether pictures come as features from `emu2 embed`."""
 
     @property
     def device(self) -> GPU:
@@ -65,13 +71,38 @@ class Plan:
     """The configuration's own layout, or why it cannot run on so many GPUs."""
 
 
+def require_legal_rest(config: Config, fixed: frozenset[str]) -> None:
+    """Refuse what no layout can make legal: what is searched is taken as it restricts least.
+
+    Raises:
+        ConfigError: the first rule that does not hold.
+    """
+    sizes = {"parallel.tensor_parallel_size", "parallel.context_parallel_size", "parallel.pipeline_parallel_size"}
+    neutral: dict[str, Any] = {
+        **dict.fromkeys(sizes - fixed, 1),
+        "parallel.virtual_pipeline_parallel_size": 1,
+        "parallel.data_parallel_size": None,
+        "parallel.pipeline_layout": None,
+        "parallel.sequence_parallel": False,
+        # The largest of the search: some dimensions must be multiples of something.
+        "training.micro_batch_size": math.gcd(config.training.global_batch_size, 8),
+    }
+    if not fixed & _RECOMPUTE:
+        neutral |= {"training.recompute": "none", "training.recompute_layers": 0}
+    validate(_set(_without_files(config), neutral), None)
+
+
 def plan(request: Request) -> Plan:
     """All legal layouts that fit, fastest first; of equally fast ones that which needs least memory.
+
+    Args:
+        request: of a configuration that `require_legal_rest` accepts.
 
     Raises:
         ConfigError: none is legal, or none fits; the message says what would make it possible.
     """
-    request = replace(request, config=_without_files(request.config))
+    fixed = request.fixed | (_RECOMPUTE if request.fixed & _RECOMPUTE else frozenset())
+    request = replace(request, config=_without_files(request.config), fixed=fixed)
     legal = list(_legal(request))
     if not legal:
         raise ConfigError(_none_legal(request))
@@ -114,7 +145,7 @@ def _own(request: Request) -> Estimate | str:
 
 def _estimate(request: Request, config: Config) -> Estimate:
     replicas = validate(config, request.gpus)
-    return estimate(config, request.gpus, replicas, request.device, request.images)
+    return estimate(config, request.gpus, replicas, request.device, request.images, request.precomputed)
 
 
 def _legal(request: Request, lean: bool = False) -> Iterator[Estimate]:
@@ -132,7 +163,9 @@ def _best_encoder(request: Request, config: Config, replicas: int) -> Estimate:
     def of(keeps: bool, pictures: int) -> Estimate:
         settings = {"training.encoder_keep_activations": keeps, "training.encoder_micro_batch_size": pictures}
         chosen = {key: value for key, value in settings.items() if key not in request.fixed}
-        return estimate(_set(config, chosen), request.gpus, replicas, request.device, request.images)
+        return estimate(
+            _set(config, chosen), request.gpus, replicas, request.device, request.images, request.precomputed
+        )
 
     most = config.training.encoder_micro_batch_size
     if not config.training.train_encoder:
@@ -150,8 +183,6 @@ def _candidates(request: Request, lean: bool) -> Iterator[Config]:
     config, gpus = request.config, request.gpus
     layers, batch = config.model.decoder.num_layers, config.training.global_batch_size
     data_parallel = config.parallel.data_parallel_size if "parallel.data_parallel_size" in request.fixed else None
-    fixed_layout = "parallel.pipeline_layout" in request.fixed
-    fixed_recompute = "training.recompute" in request.fixed
 
     def values(key: str, choices: Sequence[Any]) -> Sequence[Any]:
         section, _, name = key.partition(".")
@@ -181,12 +212,12 @@ def _candidates(request: Request, lean: bool) -> Iterator[Config]:
             yield _set(
                 config,
                 {
-                    "training.recompute_layers": config.training.recompute_layers if fixed_recompute else 0,
+                    "training.recompute_layers": values("training.recompute_layers", [0])[0],
                     "parallel.tensor_parallel_size": tensor,
                     "parallel.context_parallel_size": context,
                     "parallel.pipeline_parallel_size": stages,
                     "parallel.data_parallel_size": data_parallel,
-                    "parallel.pipeline_layout": config.parallel.pipeline_layout if fixed_layout else None,
+                    "parallel.pipeline_layout": values("parallel.pipeline_layout", [None])[0],
                     **dict(zip(rest, combination, strict=True)),
                 },
             )
@@ -209,7 +240,8 @@ def _divisors(number: int) -> list[int]:
 
 
 def _none_legal(request: Request) -> str:
-    """No layout divides: name the nearest numbers of GPUs and batches that have one."""
+    """Name the nearest numbers of GPUs and batches that have a layout; if there are none, the fixed values are to
+    blame."""
     batch = request.config.training.global_batch_size
     ideas = []
     if near := list(islice((n for n in _outwards(request.gpus) if _any(replace(request, gpus=n))), 2)):
@@ -218,10 +250,12 @@ def _none_legal(request: Request) -> str:
     if size := next((n for n, config in batches if _any(replace(request, config=config))), None):
         ideas.append(f"training.global_batch_size={size}")
     own = _own(request)
-    reason = f" ({own})" if request.fixed and isinstance(own, str) else ""
+    reason = f" ({own})" if isinstance(own, str) else ""
+    if not ideas:
+        return f"plan: no layout of any number of GPUs is legal{_fixed(request)}; fix other values{reason}"
     return (
         f"plan: no layout of {request.gpus} GPUs divides a global batch of {batch} sequences{_fixed(request)}; "
-        f"possible with {' or with '.join(ideas) or 'other fixed values'}{reason}"
+        f"possible with {' or with '.join(ideas)}{reason}"
     )
 
 

@@ -46,8 +46,14 @@ GPUS: dict[str, GPU] = {
 """Name on the command line to GPU."""
 
 
+_OTHERS = ("NVL", "MIG", "GH200", "GB200")
+"""Parts of names of devices that are not what else their name says: other clocks or memory, or a slice of a GPU."""
+
+
 def find(device_name: str) -> str | None:
     """The table's name of a device (`torch.cuda.get_device_name`), None if it is not there."""
+    if any(part in device_name for part in _OTHERS):
+        return None
     return next((name for name, gpu in GPUS.items() if all(part in device_name for part in gpu.device_names)), None)
 
 
@@ -65,7 +71,9 @@ def peak_flops(precision: str, device_type: str) -> tuple[float, str]:
     import torch
 
     if device_type == "cuda" and (name := find(torch.cuda.get_device_name())) is not None:
-        return GPUS[name].peak(precision), f"{name}, data sheet"
+        # Transformer Engine multiplies fp32 in TF32, which is faster: then MFU can exceed 1.
+        counted = ", data sheet without TF32" if precision == "fp32" else ", data sheet"
+        return GPUS[name].peak(precision), name + counted
     dtype = {"fp32": torch.float32, "fp16": torch.float16}.get(precision, torch.bfloat16)
     size = 8192 if device_type == "cuda" else 512
     where = (

@@ -36,8 +36,11 @@ def peak(config: Config) -> tuple[float, str]:
     total = torch.tensor([mine], dtype=torch.float64, device=device())
     dist.all_reduce(total, group=topology.world_group())
     mean = float(total) / dist.get_world_size()
+    precision = config.training.precision
+    if config.fp8.recipe != "none":
+        precision += "'s peak, also for what is multiplied in FP8"
     return mean, (
-        f"MFU = FLOPs of a step / seconds / ranks / {mean / 1e12:.4g} TFLOP/s ({config.training.precision}; {source})\n"
+        f"MFU = FLOPs of a step / seconds / ranks / {mean / 1e12:.4g} TFLOP/s ({precision}; {source})\n"
         f"FLOPs of a step = {flops.formula(config)}\n"
         "counted: all positions of all sequences; the encoder by the pictures it really encoded"
     )

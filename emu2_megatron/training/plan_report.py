@@ -6,9 +6,12 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from emu2_megatron.config import flops
+from emu2_megatron.config.describe import yaml_value
+from emu2_megatron.config.schema import Config
 from emu2_megatron.model.parameters import released_shapes
 from emu2_megatron.parallel import estimate as model
 from emu2_megatron.parallel.estimate import Estimate
@@ -34,13 +37,25 @@ def facts(plan: Plan) -> dict[str, str]:
         f"{'trained' if config.training.train_encoder else 'frozen'}",
         "machine": f"{request.gpus} x {request.gpu}: {request.device.memory / 1e9:.0f} GB, of which "
         f"{request.memory_limit / 1e9:.1f} can be planned with; {best.peak / 1e12:.0f} TFLOP/s "
-        f"{config.training.precision}",
+        f"{config.training.precision}{' without TF32' if config.training.precision == 'fp32' else ''}",
         "batch": f"{config.training.global_batch_size} sequences of {config.data.sequence_length} tokens, "
-        f"{request.images:g} pictures each (--images-per-sequence)",
+        f"{request.images:g} pictures each (--images-per-sequence)"
+        f"{', as precomputed features' if request.precomputed else ''}",
         "FLOPs of a step": f"{best.flops.total:.3g}: encoder {encoder:.0%}, decoder {1 - encoder:.0%}; model FLOPs, "
         "without recompute, half of causal attention",
         "layouts": f"{len(plan.layouts)} fit, {plan.too_large} do not; shown is the fastest of each TP, CP and PP",
+        **({"not modelled": "; ".join(left_out)} if (left_out := not_modelled(config)) else {}),
     }
+
+
+def not_modelled(config: Config) -> list[str]:
+    """What the configuration asks for and the estimate leaves out."""
+    left_out = []
+    if config.fp8.recipe != "none":
+        left_out.append(f"FP8 (fp8.recipe={config.fp8.recipe}): peak, seconds and bytes are bf16's")
+    if config.training.encoder_prefetch:
+        left_out.append("training.encoder_prefetch: its memory is counted, the time it hides is not taken off")
+    return left_out
 
 
 def assumptions() -> str:
@@ -54,7 +69,6 @@ def assumptions() -> str:
 def print_table(plan: Plan, top: int) -> None:
     """For people."""
     console = Console()
-    console = Console(width=max(console.width, 88))  # the table does not fit into less
 
     def say(label: str, text: str) -> None:
         console.print(f"[bold]{label}[/bold]: {text}", highlight=False, soft_wrap=True)
@@ -63,7 +77,8 @@ def print_table(plan: Plan, top: int) -> None:
         say(label, text)
     heads = ("", "layout", "micro", "GB", "bubble", "s/step", "tokens/s", "MFU", "days")
     table = Table(*heads, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    table.columns[1].min_width = 23
+    for column in table.columns:
+        column.no_wrap = True
     for column in table.columns[2:]:
         column.justify = "right"
     for i, item in enumerate(shown(plan, top), 1):
@@ -73,20 +88,30 @@ def print_table(plan: Plan, top: int) -> None:
         table.add_section()
         table.add_row("*", *_cells(plan.recipe))
         table.caption = "* as the configuration has it" + ("" if fits else ": does not fit")
+    # Cells are never cut: a terminal that is too narrow breaks the lines.
+    wide = Console(width=1000)
+    console.width = max(console.width, Measurement.get(wide, wide.options, table).maximum)
     console.print(table)
     if isinstance(plan.recipe, str):
         say("as given", f"cannot run: {plan.recipe}")
     best = plan.layouts[0]
-    sent = ", ".join(f"{purpose} {b / 1e9:.3g}" for purpose, b in best.exchanged.items() if b)
+    sent = ", ".join(f"{purpose} {short(b / 1e9)}" for purpose, b in best.exchanged.items() if b)
     say("memory of 1", _memory_line(best))
-    say("seconds of 1", ", ".join(f"{phase.replace('_', ' ')} {s:.3g}" for phase, s in best.seconds.items()))
+    say("seconds of 1", ", ".join(f"{phase.replace('_', ' ')} {short(s)}" for phase, s in best.seconds.items()))
     say("GB a rank sends", sent or "none")
     say("to train with 1", overrides(best))
     console.print(assumptions(), style="dim", highlight=False, soft_wrap=True)
 
 
+def short(value: float) -> str:
+    """Three digits, never an exponent: `<0.01`, `0.25`, `12.3`, `4,321`."""
+    if 0 < value < 0.01:
+        return "<0.01"
+    return f"{value:.3g}" if value < 999.5 else f"{value:,.0f}"
+
+
 def overrides(item: Estimate) -> str:
-    """What to add to `emu2 train` for this layout."""
+    """What to add to `emu2 train` for this layout: all that was searched, so that it counts whatever a recipe has."""
     keys = [*SEARCHED, "parallel.data_parallel_size"]
     if not item.config.training.train_encoder:
         keys = [key for key in keys if "encoder" not in key]
@@ -102,6 +127,9 @@ def as_json(plan: Plan, top: int) -> dict[str, Any]:
         "model": config.model.preset,
         "train_encoder": config.training.train_encoder,
         "precision": config.training.precision,
+        "fp8_recipe": config.fp8.recipe,
+        "precomputed_features": request.precomputed,
+        "not_modelled": not_modelled(config),
         "gpu": request.gpu,
         "gpus": request.gpus,
         "gpu_memory_bytes": int(request.device.memory),
@@ -151,21 +179,21 @@ def _cells(item: Estimate) -> list[str]:
     training = item.config.training
     again = f" recompute {training.recompute}" if training.recompute != "none" else ""
     return [
-        name_of(item) + again, str(training.micro_batch_size), f"{item.fullest.total / 1e9:.3g}",
-        f"{item.bubble:.1%}", f"{item.step_seconds:.3g}", f"{item.tokens_per_second:,.0f}", f"{item.mfu:.1%}",
-        f"{item.days:.3g}",
+        name_of(item) + again, str(training.micro_batch_size), short(item.fullest.total / 1e9),
+        f"{item.bubble:.1%}", short(item.step_seconds), f"{item.tokens_per_second:,.0f}", f"{item.mfu:.1%}",
+        short(item.days),
     ]  # fmt: skip
 
 
 def _memory_line(item: Estimate) -> str:
-    parts = [f"{name} {getattr(item.fullest, name) / 1e9:.3g}" for name in CATEGORIES]
-    return f"{', '.join(parts)}; together {item.fullest.total / 1e9:.3g} GB on the fullest rank"
+    parts = [f"{name} {short(getattr(item.fullest, name) / 1e9)}" for name in CATEGORIES]
+    return f"{', '.join(parts)}; together {short(item.fullest.total / 1e9)} GB on the fullest rank"
 
 
 def _value(item: Estimate, key: str) -> str:
     section, _, name = key.partition(".")
     value = item.data_parallel_size if name == "data_parallel_size" else getattr(getattr(item.config, section), name)
-    return str(value).lower()
+    return yaml_value(value).replace(" ", "")  # a list is one word for the shell
 
 
 def _layout(item: Estimate) -> dict[str, Any]:
@@ -176,10 +204,12 @@ def _layout(item: Estimate) -> dict[str, Any]:
         "context_parallel_size": parallel.context_parallel_size,
         "pipeline_parallel_size": parallel.pipeline_parallel_size,
         "virtual_pipeline_parallel_size": parallel.virtual_pipeline_parallel_size,
+        "pipeline_layout": parallel.pipeline_layout,
         "data_parallel_size": item.data_parallel_size,
         "micro_batch_size": training.micro_batch_size,
         "micro_batches": item.micro_batches,
         "recompute": training.recompute,
+        "recompute_layers": training.recompute_layers,
         "encoder_micro_batch_size": training.encoder_micro_batch_size,
         "encoder_keep_activations": training.encoder_keep_activations,
         "memory_bytes": item.fullest.total,
@@ -193,4 +223,5 @@ def _layout(item: Estimate) -> dict[str, Any]:
         "tflops_per_gpu": item.mfu * item.peak / 1e12,
         "tokens_per_second": item.tokens_per_second,
         "days": item.days,
+        "overrides": overrides(item),
     }

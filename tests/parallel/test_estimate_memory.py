@@ -156,3 +156,26 @@ def test_micro_batches_in_flight() -> None:
     for stage in range(4):
         for moment in in_flight(4, 3, 16, stage):
             assert sum(moment) == 2 * (4 - stage - 1) + 2 * 4 + 1
+
+
+def test_the_moments_of_a_step_by_hand() -> None:
+    """TP4+SP · PP4 · DP4, bf16, with every layer recomputed. On stage 1: three micro-batches in flight that left the
+    inputs of 15 layers and what was sent on; and one layer's backward pass."""
+    overrides = ["data.shards=[any]", "data.tokenizer=any", "parallel.virtual_pipeline_parallel_size=1",
+                 "training.recompute=full", "training.encoder_micro_batch_size=8"]  # fmt: skip
+    run = load("stage2", overrides)
+    stage = memory(Work(run, 4, 16, transformer_engine=True))[1]
+    inputs, ids = 2048 // 4 * 6656 * 2, 24 * 2048
+    layer = estimate_memory.layer_saved(
+        Work(replace(run, training=replace(run.training, recompute="none")), 4, 16, transformer_engine=True)
+    )
+    inside = 2048 * (2 * 17920 // 4 + 2 * 6656) * 2
+    weight = 2 * 17920 * 6656 // 4 * 2
+    assert stage.activations == 3 * ((15 + 1) * inputs + ids) + inside + weight + layer
+    # With prefetch, 8 pictures at their widest go through the encoder beside that: 10 bytes a number in pixels, two
+    # widths of each kind in 1025 tokens. And the embeddings of this rank's 512 pictures are there twice.
+    prefetching = replace(run, training=replace(run.training, encoder_prefetch=True))
+    both = memory(Work(prefetching, 4, 16, transformer_engine=True))[1]
+    pictures = 8 * (3 * 448**2 * 10 + 1025 * (2 * 1792 + 2 * 15360) * 2)
+    assert both.activations == stage.activations + pictures
+    assert both.features == stage.features + 512 * 64 * 1792 * 2

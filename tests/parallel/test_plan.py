@@ -7,7 +7,7 @@ import pytest
 from emu2_megatron.config.loading import load
 from emu2_megatron.config.validate import validate
 from emu2_megatron.errors import ConfigError
-from emu2_megatron.parallel.plan import Plan, Request, distinct, plan
+from emu2_megatron.parallel.plan import Plan, Request, distinct, plan, require_legal_rest
 
 
 def ask(gpus: int, gpu: str = "h100-80g", recipe: str = "stage2", *overrides: str) -> Plan:
@@ -91,5 +91,25 @@ def test_a_fixed_field_that_makes_it_impossible_is_named() -> None:
     with pytest.raises(ConfigError, match=r"tensor_parallel_size=1.*possible with .*parallel.tensor_parallel_size="):
         ask(16, "h100-80g", "stage2", "parallel.tensor_parallel_size=1", "parallel.context_parallel_size=1",
             "parallel.pipeline_parallel_size=1")  # fmt: skip
-    with pytest.raises(ConfigError, match="no layout of 64 GPUs.*tensor_parallel_size=8"):
-        ask(64, "h100-80g", "stage2", "parallel.tensor_parallel_size=8")
+    # Both are legal, not together: no number of GPUs helps, and the message does not say that one would.
+    with pytest.raises(ConfigError, match="any number of GPUs is legal with .*needs tensor_parallel_size") as caught:
+        ask(64, "h100-80g", "stage2", "parallel.tensor_parallel_size=1", "parallel.sequence_parallel=true")
+    assert "divides" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["training.precision=int1", "data.sequence_length=4096", "optimizer.warmup_steps=99999"]
+)
+def test_what_no_layout_makes_legal_is_refused_first(wrong: str) -> None:
+    config = load("stage2", [wrong, "optimizer.warmup_ratio=null"])
+    with pytest.raises(ConfigError, match="legal: (bf16|up to model|0 to training.steps)"):
+        require_legal_rest(config, frozenset())
+
+
+def test_what_a_layout_makes_legal_is_not() -> None:
+    """Neither odd values of what is searched, nor what Transformer Engine accepts of a larger micro-batch alone."""
+    require_legal_rest(load("stage2", ["parallel.tensor_parallel_size=3", "training.recompute=often"]), frozenset())
+    odd = load("stage2", ["fp8.recipe=current", "data.sequence_length=1000", "parallel.sequence_parallel=false"])
+    require_legal_rest(odd, frozenset())
+    answer = plan(Request(odd, 64, "b200-180g", 6, frozenset()))
+    assert {item.config.training.micro_batch_size % 2 for item in answer.layouts} == {0}

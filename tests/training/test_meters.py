@@ -1,10 +1,13 @@
 """The mean predictor's loss against its definition, MFU against its parts."""
 
+from dataclasses import replace
+
 import harness
 import pytest
 import torch
 
 from emu2_megatron.config import flops
+from emu2_megatron.config.schema import Fp8Config
 from emu2_megatron.parallel import topology
 from emu2_megatron.parallel.three_phase import StepOutput
 from emu2_megatron.platform import gpus
@@ -54,6 +57,16 @@ def test_the_peak_of_a_cpu_is_measured_and_said_to_be(world_of_one: topology.Top
     assert "measured by a 512 x 512 matrix product" in said and "fp32" in said and "really encoded" in said
 
 
+def test_fp8_is_a_share_of_bf16s_peak_and_fp32_of_what_is_no_tf32(
+    world_of_one: topology.Topology, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fp8 = replace(harness.config(precision="bf16"), fp8=Fp8Config(recipe="current"))
+    assert "bf16's peak, also for what is multiplied in FP8" in peak(fp8)[1]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert gpus.peak_flops("fp32", "cuda") == (67e12, "h100-80g, data sheet without TF32")
+    assert gpus.peak_flops("bf16", "cuda") == (989.4e12, "h100-80g, data sheet")
+
+
 @pytest.mark.parametrize(
     ("device", "name"),
     [
@@ -65,6 +78,12 @@ def test_the_peak_of_a_cpu_is_measured_and_said_to_be(world_of_one: topology.Top
         ("NVIDIA B200", "b200-180g"),
         ("NVIDIA L40S", "l40s-48g"),
         ("NVIDIA GeForce RTX 4090", None),
+        # Near namesakes with other clocks or memory, and slices.
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
     ],
 )
 def test_gpus_are_known_by_their_drivers_names(device: str, name: str | None) -> None:
