@@ -192,7 +192,7 @@ def median(values: list[float]) -> float:
 
 
 def main() -> int:
-    options = common.arguments(__doc__, rounds=3).parse_args()
+    options = common.arguments(__doc__, rounds=5).parse_args()
     print(
         f"encoder on stage 0 against the three-phase step: 2 ranks, PP2, one thread each, fp32, {SEQUENCES} "
         f"micro-batches of one sequence of {LENGTH} tokens, {PICTURES['kept']} pictures each "

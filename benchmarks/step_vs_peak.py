@@ -23,7 +23,7 @@ from emu2_megatron.parallel import topology, wrap
 from emu2_megatron.platform.device import device, synchronize
 from emu2_megatron.platform.precision import DTYPES
 
-LENGTH, SEQUENCES, MICRO_BATCH, PICTURES = 512, 4, 2, 8
+LENGTH, SEQUENCES, MICRO_BATCH, PICTURES = 1024, 2, 1, 16
 MATMUL = 2048
 
 
