@@ -9,6 +9,7 @@ import glob
 import math
 import operator
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,15 +71,17 @@ def validate_files(config: Config) -> None:
 
 def tensor_parallel_sizes(config: Config) -> list[int]:
     """The legal sizes: heads and MLP columns of the decoder are shared out evenly over the ranks."""
-    return _divisors(math.gcd(config.model.decoder.num_attention_heads, config.model.decoder.ffn_hidden_size))
+    return divisors(math.gcd(config.model.decoder.num_attention_heads, config.model.decoder.ffn_hidden_size))
 
 
 def query_counts(config: Config) -> list[int]:
     """The legal numbers of visual embeddings of a picture: squares whose side divides the patch grid's."""
-    return [side * side for side in _divisors(config.model.encoder.image_size // config.model.encoder.patch_size)]
+    return [side * side for side in divisors(config.model.encoder.image_size // config.model.encoder.patch_size)]
 
 
-def _divisors(number: int) -> list[int]:
+@lru_cache  # a plan asks for the same ones thousands of times
+def divisors(number: int) -> list[int]:
+    """All of them, 1 and the number itself included."""
     return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
 
 
@@ -117,7 +120,7 @@ def _unless_null(rule: Rule) -> Rule:
 def _divides(key: str, whole: str) -> Rule:
     def legal(config: Config) -> str:
         total = _value(config, whole)
-        return f"must divide {whole} {total}, legal: {_listed(_divisors(total))}"
+        return f"must divide {whole} {total}, legal: {_listed(divisors(total))}"
 
     return Rule(key, lambda config: _value(config, whole) % _value(config, key) == 0, legal)
 

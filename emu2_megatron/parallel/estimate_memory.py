@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from emu2_megatron.config.flops import patches
 from emu2_megatron.config.schema import Config, ModelConfig
+from emu2_megatron.config.validate import replica_size
 from emu2_megatron.model.decoder import padded_vocab_size
 from emu2_megatron.model.parameters import released_shapes
 from emu2_megatron.parallel import layout, schedule
@@ -77,8 +78,7 @@ class Work:
     @property
     def replica_size(self) -> int:
         """Ranks of a replica."""
-        parallel = self.config.parallel
-        return parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.context_parallel_size
+        return replica_size(self.config)
 
     @property
     def pictures(self) -> int:

@@ -8,13 +8,13 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import islice
+from operator import attrgetter
 from typing import Any
 
 from emu2_megatron.config.describe import yaml_value
 from emu2_megatron.config.schema import Config
-from emu2_megatron.config.validate import tensor_parallel_sizes, validate
+from emu2_megatron.config.validate import divisors, tensor_parallel_sizes, validate
 from emu2_megatron.errors import ConfigError
 from emu2_megatron.parallel.estimate import RESERVED_BYTES, Estimate, estimate
 from emu2_megatron.platform.gpus import GPU, GPUS
@@ -185,13 +185,12 @@ def _candidates(request: Request, lean: bool) -> Iterator[Config]:
     data_parallel = config.parallel.data_parallel_size if "parallel.data_parallel_size" in request.fixed else None
 
     def values(key: str, choices: Sequence[Any]) -> Sequence[Any]:
-        section, _, name = key.partition(".")
-        return [getattr(getattr(config, section), name)] if key in request.fixed else choices
+        return [attrgetter(key)(config)] if key in request.fixed else choices
 
     sizes = [
         values("parallel.tensor_parallel_size", tensor_parallel_sizes(config)),
-        values("parallel.context_parallel_size", _divisors(gpus)),
-        values("parallel.pipeline_parallel_size", [p for p in _divisors(gpus) if p <= layers]),
+        values("parallel.context_parallel_size", divisors(gpus)),
+        values("parallel.pipeline_parallel_size", [p for p in divisors(gpus) if p <= layers]),
     ]
     for tensor, context, stages in itertools.product(*sizes):
         replica = tensor * context * stages
@@ -201,7 +200,7 @@ def _candidates(request: Request, lean: bool) -> Iterator[Config]:
         # Of each field what needs least memory comes first.
         rest: dict[str, list[Any]] = {
             "parallel.virtual_pipeline_parallel_size": [
-                n for n in _divisors(layers) if n == 1 or (stages > 1 and layers % (stages * n) == 0)
+                n for n in divisors(layers) if n == 1 or (stages > 1 and layers % (stages * n) == 0)
             ],
             "parallel.sequence_parallel": [True, False] if tensor > 1 else [False],
             "training.micro_batch_size": [n for n in (1, 2, 4, 8) if sequences % n == 0],
@@ -229,11 +228,6 @@ def _set(config: Config, values: dict[str, Any]) -> Config:
         section, _, name = key.partition(".")
         by_section.setdefault(section, {})[name] = value
     return replace(config, **{s: replace(getattr(config, s), **fields) for s, fields in by_section.items()})
-
-
-@lru_cache
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 # What would make it possible ------------------------------------------------------------------------------------------
@@ -273,8 +267,8 @@ def _none_fits(request: Request, legal: Sequence[Estimate]) -> str:
     freed = request.fixed & set(SEARCHED)
     if freed and (free := _fitting(request, list(_legal(replace(request, fixed=request.fixed - freed))))):
         best = min(free, key=lambda e: e.step_seconds)
-        changed = [f"{key}={yaml_value(_get(best.config, key))}" for key in sorted(freed)
-                   if _get(best.config, key) != _get(request.config, key)]  # fmt: skip
+        changed = [f"{key}={yaml_value(attrgetter(key)(best.config))}" for key in sorted(freed)
+                   if attrgetter(key)(best.config) != attrgetter(key)(request.config)]  # fmt: skip
         ideas.append(" ".join(changed))
     if request.config.training.train_encoder:
         frozen = _set(request.config, {"training.train_encoder": False})
@@ -287,14 +281,9 @@ def _none_fits(request: Request, legal: Sequence[Estimate]) -> str:
     )
 
 
-def _get(config: Config, key: str) -> Any:
-    section, _, name = key.partition(".")
-    return getattr(getattr(config, section), name)
-
-
 def _fixed(request: Request) -> str:
     keys = sorted(request.fixed & {*SEARCHED, "parallel.data_parallel_size"})
-    return f" with {', '.join(f'{key}={yaml_value(_get(request.config, key))}' for key in keys)}" if keys else ""
+    return f" with {', '.join(f'{key}={yaml_value(attrgetter(key)(request.config))}' for key in keys)}" if keys else ""
 
 
 def _any(request: Request) -> bool:

@@ -36,7 +36,6 @@ def run(
         top: layouts to report.
         json_file, html_file: where to write; `-` is standard output, which then gets nothing else.
         check: build the first layout's distinct ranks in a fake world and compare; 1 is returned if they differ.
-
         precomputed: pictures come as features.
 
     Raises:

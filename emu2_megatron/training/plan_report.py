@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from operator import attrgetter
 from typing import Any
 
 from rich import box
@@ -191,8 +192,7 @@ def _memory_line(item: Estimate) -> str:
 
 
 def _value(item: Estimate, key: str) -> str:
-    section, _, name = key.partition(".")
-    value = item.data_parallel_size if name == "data_parallel_size" else getattr(getattr(item.config, section), name)
+    value = item.data_parallel_size if key == "parallel.data_parallel_size" else attrgetter(key)(item.config)
     return yaml_value(value).replace(" ", "")  # a list is one word for the shell
 
 
