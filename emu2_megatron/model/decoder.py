@@ -100,6 +100,7 @@ def transformer_config(config: Config, part_layers: list[int]) -> TransformerCon
         masked_softmax_fusion=IS_CUDA,
         bias_dropout_fusion=IS_CUDA,
         bias_activation_fusion=IS_CUDA,
+        use_te_activation_func=not IS_CUDA,  # the layer spec's, Transformer Engine's or not: ours
         apply_rope_fusion=False,
         batch_p2p_comm=IS_CUDA,
         **recompute,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emu2_megatron.data.batch import share
+from emu2_megatron.ops.swiglu import SwiGLU
 from emu2_megatron.platform import kernels
 
 
@@ -107,4 +108,5 @@ def _local_spec() -> ModuleSpec:
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = CausalAttention
+    spec.submodules.mlp.submodules.activation_func = SwiGLU
     return spec

@@ -282,8 +282,8 @@ def _all_saved(work: Work, attention_again: bool) -> int:
     softmax = 0 if attention_again else 4 * work.tokens * N // tp
     mask = length * config.data.sequence_length * element if cp > 1 and not work.transformer_engine else 0
     rotary = 4 * element * (D // N) * length
-    # Both halves of the first linear layer and the input of the second; without the fused SwiGLU also its factors.
-    mlp = (3 if work.transformer_engine else 5) * work.tokens * d.ffn_hidden_size // tp * element
+    # Both halves of the first linear layer and the input of the second.
+    mlp = 3 * work.tokens * d.ffn_hidden_size // tp * element
     return int(norms + attention + softmax + mask + rotary + mlp)
 
 
