@@ -72,18 +72,39 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where sequences come from."""
+    """Where sequences come from, and what they look like."""
 
     shards: tuple[str, ...] = ()
-    """WebDataset tar shards: paths or glob patterns."""
+    """WebDataset tar shards: paths or glob patterns. With weights or samples_per_step, each of them is a source."""
+    weights: tuple[float, ...] = ()
+    """Blends the sources: for each entry of shards its share of the samples, relative to the others'. Empty: all shards
+    are one source."""
+    samples_per_step: tuple[int, ...] = ()
+    """Instead of weights: for each entry of shards, its samples in every global batch (the paper's stage 2: 12800
+    image-text, 6400 video-text, 3200 interleaved, 800 text)."""
     tokenizer: str = ""
     """A SentencePiece `tokenizer.model`; LLaMA's for the published sizes."""
     sequence_length: int = 2048
     """Tokens S of a packed sequence, visual ones included."""
     image_first_probability: float = 0.5
     """Chance that a picture comes before its caption rather than after it."""
+    phrase_first_probability: float = 0.7
+    """Chance that a grounded phrase comes before its box rather than after it."""
     supervise_image_markers: bool = False
     """Train the text loss on `[IMG]` and `[/IMG]` too. Emu1 masks them; for Emu2 nothing is published."""
+    video_frames: tuple[int, ...] = (8,)
+    """Frames taken from a video, evenly spaced; of several numbers, one is drawn each time (Emu2-Chat: 8, 12, 16)."""
+    document_pictures: int = 8
+    """Most pictures taken from an interleaved document at a time."""
+    document_tokens: int = 1024
+    """Most tokens taken from an interleaved document at a time, visual ones included."""
+    attend_across_samples: bool = False
+    """Let a sample attend to those packed before it in the same sequence."""
+    packing_buffer: int = 16
+    """Samples that each sequence of the batch may choose from while it is packed: more fill it better and spread
+    pictures more evenly over the ranks. 1 packs in the order of the data."""
+    max_bad_share: float = 0.05
+    """End the run once more than this share of the samples read could not be used."""
 
 
 @dataclass(frozen=True)

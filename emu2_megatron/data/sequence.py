@@ -13,6 +13,9 @@ TEXT_TARGET = 2
 """The token is predicted through the vocabulary (cross-entropy)."""
 VISUAL_TARGET = 4
 """The token's visual embedding is regressed (mean squared error); goes with VISUAL."""
+START = 32
+"""The first token of a sample, and of the padding: nothing before it belongs to what follows. (8 and 16 are
+`parallel/exchange.py`'s.)"""
 
 
 @dataclass(frozen=True)
