@@ -230,7 +230,8 @@ _POSITIVE = """
     model.decoder.num_layers model.decoder.hidden_size model.decoder.num_attention_heads model.decoder.ffn_hidden_size
     model.decoder.vocab_size model.decoder.max_position_embeddings model.decoder.layernorm_epsilon
     model.decoder.rotary_base model.decoder.init_method_std model.decoder.make_vocab_size_divisible_by
-    model.image_queries model.frame_queries data.sequence_length
+    model.image_queries model.frame_queries data.sequence_length data.document_pictures data.document_tokens
+    data.packing_buffer
     parallel.tensor_parallel_size parallel.pipeline_parallel_size parallel.virtual_pipeline_parallel_size
     parallel.context_parallel_size
     training.steps training.global_batch_size training.micro_batch_size training.encoder_micro_batch_size
@@ -248,7 +249,15 @@ _NOT_NEGATIVE = """
 RULES: list[Rule] = [
     *map(_positive, _POSITIVE),
     *map(_not_negative, _NOT_NEGATIVE),
-    *map(_share, ("data.image_first_probability", "optimizer.min_lr_ratio")),
+    *map(
+        _share,
+        (
+            "data.image_first_probability",
+            "data.phrase_first_probability",
+            "data.max_bad_share",
+            "optimizer.min_lr_ratio",
+        ),
+    ),
     *map(_decay, ("optimizer.adam_beta1", "optimizer.adam_beta2")),
     _unless_null(_positive("parallel.data_parallel_size")),
     _unless_null(_not_negative("optimizer.warmup_steps")),

@@ -248,7 +248,16 @@ _number = st.floats(allow_nan=False, allow_infinity=False)
 
 @settings(deadline=None, max_examples=50)
 @given(
-    data=st.builds(DataConfig, st.lists(_text | _tricky).map(tuple), _text | _tricky, _size, _number, st.booleans()),
+    data=st.builds(
+        DataConfig,
+        shards=st.lists(_text | _tricky).map(tuple),
+        weights=st.lists(_number).map(tuple),
+        samples_per_step=st.lists(_size).map(tuple),
+        tokenizer=_text | _tricky,
+        sequence_length=_size,
+        image_first_probability=_number,
+        supervise_image_markers=st.booleans(),
+    ),
     parallel=st.builds(
         ParallelConfig,
         _size,

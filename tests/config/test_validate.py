@@ -57,6 +57,8 @@ def test_no_number_may_be_negative_or_not_a_number(key):
 
 MAY_BE_ZERO = {
     "data.image_first_probability",
+    "data.max_bad_share",
+    "data.phrase_first_probability",
     "training.text_loss_weight",
     "training.image_loss_weight",
     "training.recompute_layers",
