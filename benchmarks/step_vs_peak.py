@@ -4,6 +4,8 @@ One process takes whole training steps (forward, backward, clipping, AdamW) of `
 transformers' LlamaForCausalLM with the decoder's size, vocabulary, sequences and micro-batches (SDPA attention, fused
 AdamW, clipping). Both are divided by the speed of a large torch.matmul of the same dtype on the same threads.
 
+The encoder takes all pictures of a step at once: they are small here, and few.
+
 FLOPs are those of matrix products; FLOP/s is FLOPs over wall time, so everything else a step does lowers it. The
 RATIO is ours over theirs: at 1 or more, the engine costs a single process nothing over a plain training loop.
 """
@@ -37,6 +39,7 @@ def configuration(precision: str, train_encoder: bool) -> Config:
             precision=precision,
             train_encoder=train_encoder,
             encoder_keep_activations=train_encoder,
+            encoder_micro_batch_size=SEQUENCES * PICTURES,
         ),
         optimizer=OptimizerConfig(warmup_steps=1),
     )
