@@ -64,7 +64,7 @@ def sequences(config: Config, count: int, pictures: int, seed: int = 0) -> list[
         for start in (1 + i * (length - 1) // pictures for i in range(pictures)):
             roles[start : start + queries + 2] = 0  # [IMG], the visual embeddings, [/IMG]
             roles[start + 1 : start + 1 + queries] = VISUAL | VISUAL_TARGET
-        pixels = [generator.integers(0, 256, (3, size, size), dtype=np.uint8) for _ in range(pictures)]
+        pixels = list(torch.from_numpy(generator.integers(0, 256, (pictures, 3, size, size), dtype=np.uint8)))
         tokens = generator.integers(0, config.model.decoder.vocab_size, length)
         rows.append(PackedSequence(tokens, roles, pixels, [queries] * pictures))
     return rows
@@ -72,7 +72,7 @@ def sequences(config: Config, count: int, pictures: int, seed: int = 0) -> list[
 
 def encode(encoder: Any, own: list[PackedSequence], precision: str) -> torch.Tensor:
     """Visual embeddings [R, E] of all pictures, in one chunk."""
-    pixels = torch.stack([torch.from_numpy(picture) for sequence in own for picture in sequence.pictures])
+    pixels = torch.stack([picture for sequence in own for picture in sequence.pictures])
     rows_RE: torch.Tensor = encoder(
         normalize(to_device(pixels), DTYPES[precision]), [q for sequence in own for q in sequence.queries]
     )

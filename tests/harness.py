@@ -82,7 +82,7 @@ def sequence(generator: np.random.Generator, pictures: int, text: bool = True) -
         start = 2 + 7 * i
         roles[start : start + QUERIES + 2] = 0
         roles[start + 1 : start + 1 + QUERIES] = VISUAL | (0 if i == 1 else VISUAL_TARGET)
-    pixels = [generator.integers(0, 256, (3, 56, 56), dtype=np.uint8) for _ in range(pictures)]
+    pixels = list(torch.from_numpy(generator.integers(0, 256, (pictures, 3, 56, 56), dtype=np.uint8)))
     return PackedSequence(tokens, roles, pixels, [QUERIES] * pictures)
 
 

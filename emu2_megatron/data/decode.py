@@ -17,7 +17,7 @@ MAX_PIXELS = 2**26
 """Pictures with more pixels (8192 x 8192) are refused unread: some 200 MB of memory each, or an attack."""
 
 
-def decode_image(data: bytes, size: int) -> np.ndarray:
+def decode_image(data: bytes, size: int) -> torch.Tensor:
     """Decodes a JPEG, PNG or WebP file to uint8 [3, size, size], RGB.
 
     As the released model does: PIL's conversion to RGB (alpha dropped), then a bicubic resize of the whole picture to
@@ -36,7 +36,7 @@ def decode_image(data: bytes, size: int) -> np.ndarray:
     # Pillow documents no common base for what damaged files raise (OSError, SyntaxError, ValueError, struct.error ...).
     except Exception as error:
         raise DataError(f"picture cannot be decoded: {type(error).__name__}: {error}") from error
-    return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
+    return torch.from_numpy(np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1)))
 
 
 def normalize(pixels_I3HW: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -16,6 +16,8 @@ VISUAL_TARGET = 4
 START = 32
 """The first token of a sample, and of the padding: nothing before it belongs to what follows. (8 and 16 are
 `parallel/exchange.py`'s.)"""
+PADDING = 64
+"""The token belongs to no sample."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,9 @@ class Features:
     """Fingerprint of the encoder they are from (`model/parameters.fingerprint`)."""
 
 
-Picture: TypeAlias = np.ndarray | Features
-"""uint8 [3, H, W], RGB, already resized to the encoder's image size, not normalised; or what the encoder makes of
-it."""
+Picture: TypeAlias = torch.Tensor | Features
+"""A uint8 tensor [3, H, W], RGB, already resized to the encoder's image size, not normalised; or what the encoder
+makes of it."""
 
 
 @dataclass
@@ -45,7 +47,7 @@ class PackedSequence:
     tokens_S: np.ndarray
     """int64 [S] token ids, padded with the pad token."""
     roles_S: np.ndarray
-    """uint8 [S] bits VISUAL, TEXT_TARGET, VISUAL_TARGET; 0 for padding and unsupervised text."""
+    """uint8 [S] bits VISUAL, TEXT_TARGET, VISUAL_TARGET, START, PADDING; 0 for unsupervised text."""
     pictures: list[Picture] = field(default_factory=list)
     """The pictures, in the order of their embeddings."""
     queries: list[int] = field(default_factory=list)

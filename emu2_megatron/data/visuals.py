@@ -1,4 +1,4 @@
-"""What a sample has to show before anything is decoded: read by the loader, decoded by `data/decode.py`."""
+"""What a sample has to show before anything is decoded: probed by the loader, decoded by `data/decode.py`."""
 
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -8,18 +8,18 @@ from emu2_megatron.data.sequence import Features
 
 @dataclass(frozen=True)
 class EncodedPicture:
-    """A picture file: JPEG, PNG, WebP and what else Pillow reads safely."""
+    """A picture file."""
 
     data: bytes
 
 
 @dataclass(frozen=True)
 class EncodedVideo:
-    """A video file, of which evenly spaced frames are wanted."""
+    """A video file, of which some frames are wanted."""
 
     data: bytes
-    frames: int
-    """How many: so many pictures of a sequence."""
+    frames: tuple[int, ...]
+    """Which, counted from 0 in the order they are shown; ascending. So many pictures of a sequence."""
 
 
 @dataclass(frozen=True)
@@ -30,5 +30,8 @@ class BoxPicture:
     """Left, top, right, bottom as shares of the picture's width and height, 0 to 1."""
 
 
-Visual: TypeAlias = EncodedPicture | EncodedVideo | BoxPicture | Features
-"""One or, for a video, several pictures of a sequence."""
+Encoded: TypeAlias = EncodedPicture | EncodedVideo | BoxPicture
+"""What decoding makes pictures of: one, or as many as the frames of a video."""
+
+Visual: TypeAlias = Encoded | Features
+"""All that can stand in a sample; features are one picture each, and stay as they are."""

@@ -123,7 +123,7 @@ class ThreePhaseStep:
         )
         counts = self._count(roles_NS)
         placement = exchange.place(roles_NS, self.here.replica_size)
-        loaded = [torch.from_numpy(p) for sequence in own for p in sequence.pictures if not isinstance(p, Features)]
+        loaded = [p for sequence in own for p in sequence.pictures if not isinstance(p, Features)]
         size = self.config.model.encoder.image_size
         pictures = exchange.share_pictures(loaded, placement, size, self.replica, device())
         chunks = self._chunks(pictures, placement.queries[self.here.replica_rank])

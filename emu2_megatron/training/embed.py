@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -110,10 +109,10 @@ def _embedded(
     """The samples of a shard with features for pictures; some chunks of pictures at a time."""
     size, queries = config.training.encoder_micro_batch_size, config.model.image_queries
     dtype = DTYPES[config.training.precision]
-    waiting: list[tuple[RawSample, dict[str, np.ndarray] | None]] = []
+    waiting: list[tuple[RawSample, dict[str, torch.Tensor] | None]] = []
 
     def flush() -> Iterator[RawSample]:
-        pixels = [torch.from_numpy(p) for _, pictures in waiting for p in (pictures or {}).values()]
+        pixels = [p for _, pictures in waiting for p in (pictures or {}).values()]
         rows: list[torch.Tensor] = []
         with torch.no_grad():
             for start in range(0, len(pixels), size):
@@ -135,7 +134,7 @@ def _embedded(
             yield from flush()
 
 
-def _decode(index: ShardIndex, size: int, i: int) -> tuple[RawSample, dict[str, np.ndarray] | None, str]:
+def _decode(index: ShardIndex, size: int, i: int) -> tuple[RawSample, dict[str, torch.Tensor] | None, str]:
     """A sample, its pictures by name, and why there are none if it stays as it is."""
     try:
         raw = index.read(i)

@@ -26,7 +26,7 @@ def _encode(picture: Image.Image, kind: str = "PNG", **options: object) -> bytes
 def test_whole_picture_is_squashed_channels_first() -> None:
     picture = Image.new("RGB", (40, 10), (200, 0, 0))
     picture.paste((0, 0, 100), (20, 0, 40, 10))
-    pixels_3HW = decode_image(_encode(picture), 8)
+    pixels_3HW = decode_image(_encode(picture), 8).numpy()
     assert pixels_3HW.shape == (3, 8, 8) and pixels_3HW.dtype == np.uint8 and pixels_3HW.flags.c_contiguous
     # 40 x 10 to 8 x 8 without a crop: both halves are there. Bicubic reaches 2 * 40/8 = 10 source pixels to each side,
     # and the centres of columns 0 and 7 (2.5 and 37.5) are further than that from the edge at 20.

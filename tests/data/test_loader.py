@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,7 +64,7 @@ def _rows(loader: Loader, steps: int) -> list[list[PackedSequence]]:
 
 def _content(row: PackedSequence) -> tuple[object, ...]:
     """Everything in a row, comparable."""
-    pixels = [picture.tobytes() for picture in row.pictures]
+    pixels = [picture.numpy().tobytes() for picture in row.pictures]
     return row.tokens_S.tolist(), row.roles_S.tolist(), pixels, row.queries, row.keys
 
 
@@ -219,11 +219,11 @@ def test_unexpected_errors_of_the_thread_surface(
 ) -> None:
     calls = []
 
-    def fail_later(data: bytes, size: int) -> np.ndarray:
+    def fail_later(data: bytes, size: int) -> torch.Tensor:
         calls.append(threading.current_thread().name)
         if len(calls) > 20:
             raise ZeroDivisionError("a bug, not a bad sample")
-        return np.zeros((3, size, size), dtype=np.uint8)
+        return torch.zeros(3, size, size, dtype=torch.uint8)
 
     monkeypatch.setattr("emu2_megatron.data.samples.decode_image", fail_later)
     with Loader(make_config(shards=(good,)), tokenizer, [0]) as loader:
@@ -237,10 +237,10 @@ def test_close_ends_the_thread_even_in_the_middle_of_a_step(
 ) -> None:
     started = threading.Event()
 
-    def slow(data: bytes, size: int) -> np.ndarray:
+    def slow(data: bytes, size: int) -> torch.Tensor:
         started.set()
         time.sleep(0.02)
-        return np.zeros((3, size, size), dtype=np.uint8)
+        return torch.zeros(3, size, size, dtype=torch.uint8)
 
     monkeypatch.setattr("emu2_megatron.data.samples.decode_image", slow)
     loader = Loader(make_config(shards=(good,), global_batch_size=200, sequence_length=512), tokenizer, range(200))

@@ -78,9 +78,9 @@ def worker(_rank: int, config: Config, batches: list[list[PackedSequence]], stor
     }
 
 
-def features(encoder: EvaVisionTransformer, config: Config, picture: np.ndarray) -> Features:
+def features(encoder: EvaVisionTransformer, config: Config, picture: Tensor) -> Features:
     """What `emu2 embed` stores of a picture."""
-    pixels = normalize(torch.from_numpy(picture)[None], torch.float32)
+    pixels = normalize(picture[None], torch.float32)
     return Features(encoder(pixels, [harness.QUERIES]).detach(), parameters.fingerprint(encoder, config))
 
 
@@ -178,7 +178,7 @@ def oracle_features(weights: dict[str, Tensor], sequences: list[PackedSequence])
         return torch.zeros(0, MODEL.encoder.hidden_size, dtype=torch.float64)
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073], dtype=torch.float64)[:, None, None]
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711], dtype=torch.float64)[:, None, None]
-    pixels = (torch.from_numpy(np.stack(pictures)).double() / 255 - mean) / std
+    pixels = (torch.stack(pictures).double() / 255 - mean) / std
     return oracle.pool(oracle.encode(weights, SIZES, pixels), harness.QUERIES).flatten(0, 1)
 
 

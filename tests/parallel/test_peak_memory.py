@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from emu2_megatron.config.presets import PRESETS
 from emu2_megatron.config.schema import Config, DataConfig, ModelConfig, OptimizerConfig, TrainingConfig
@@ -58,7 +59,7 @@ def sequence(run: Config, seed: int) -> PackedSequence:
     for i in range(PICTURES):
         start = 2 + i * (queries + 2)
         roles[start : start + queries] = VISUAL | VISUAL_TARGET
-    pixels = [generator.integers(0, 256, (3, size, size), dtype=np.uint8) for _ in range(PICTURES)]
+    pixels = list(torch.from_numpy(generator.integers(0, 256, (PICTURES, 3, size, size), dtype=np.uint8)))
     return PackedSequence(tokens, roles, pixels, [queries] * PICTURES)
 
 
