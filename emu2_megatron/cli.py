@@ -29,6 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _embed(options.config, rest, options.output)
         if options.command == "plan":
             return _plan(options, rest)
+        if options.command == "shards":
+            from emu2_megatron.data import make_shards
+
+            return make_shards.run(options)
+        if options.command == "data":
+            return _inspect(options.config, rest, options.rows, options.output)
         return _doctor()
     except Emu2Error as error:
         if prefix := _prefix(error):
@@ -82,6 +88,20 @@ def _embed(name_or_file: str, overrides: Sequence[str], output: str) -> int:
         if count:
             print(f"{what}: {count}")
     print(f"train on them with data.shards='[{output}/**/*.tar]'")
+    return 0
+
+
+def _inspect(name_or_file: str, overrides: Sequence[str], rows: int, output: str) -> int:
+    from emu2_megatron.config import loading, validate
+
+    config = loading.load(name_or_file, overrides)
+    validate.validate(config, None)
+    validate.validate_files(config)
+
+    from emu2_megatron.data.inspect import inspect
+
+    inspect(config, rows, Path(output))
+    print(f"wrote {output}")
     return 0
 
 
@@ -169,6 +189,30 @@ def _parser() -> argparse.ArgumentParser:
     )
     embed.add_argument("--config", required=True, metavar="NAME_OR_FILE", help="the configuration to be trained with")
     embed.add_argument("--output", required=True, metavar="DIR", help="folder of the new shards")
+    from emu2_megatron.data import make_shards
+
+    shards = commands.add_parser(
+        "shards",
+        help="make tar shards of folders, JSONL and Parquet files, or check them",
+        description="Make the tar shards that training reads. docs/data-format.md says what the input looks like.",
+        allow_abbrev=False,
+    )
+    make_shards.add_arguments(shards)
+    data = commands.add_parser("data", help="look at the data as the model will see it", allow_abbrev=False)
+    looks = data.add_subparsers(dest="look", required=True, metavar="LOOK", parser_class=_Parser)
+    inspect = looks.add_parser(
+        "inspect",
+        help="a page with the first packed sequences: pictures, tokens, what is learnt",
+        usage="emu2 data inspect --config NAME_OR_FILE [--rows N] [--output FILE] [KEY=VALUE ...]",
+        description="Write one HTML page, which needs no network, with the first packed sequences of a configuration: "
+        "their samples and pictures, every token and what it is to the model, and counts.",
+        allow_abbrev=False,
+    )
+    inspect.add_argument(
+        "--config", required=True, metavar="NAME_OR_FILE", help="recipe of the package, or a YAML file"
+    )
+    inspect.add_argument("--rows", type=int, default=4, metavar="N", help="sequences to show (default %(default)s)")
+    inspect.add_argument("--output", default="inspect.html", metavar="FILE", help="the page (default %(default)s)")
     commands.add_parser("doctor", help="show what this machine has and what is missing")
     return parser
 

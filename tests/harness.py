@@ -23,7 +23,7 @@ from emu2_megatron.config.schema import (
     ParallelConfig,
     TrainingConfig,
 )
-from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL, VISUAL_TARGET, PackedSequence
+from emu2_megatron.data.sequence import PADDING, START, TEXT_TARGET, VISUAL, VISUAL_TARGET, PackedSequence
 
 # Forked from a server that has the imports done, a process starts in milliseconds instead of seconds.
 _processes = multiprocessing.get_context("forkserver")
@@ -90,6 +90,26 @@ def batch(pictures: list[int], seed: int, text: bool = True) -> list[PackedSeque
     """A global batch; sequence i has `pictures[i]` pictures."""
     generator = np.random.default_rng(seed)
     return [sequence(generator, count, text) for count in pictures]
+
+
+SAMPLES = [[0, 8, 15], [0], [0, 1, 8, 22], [0, 15, 22], [0, 22], [0, 1, 8, 15], [], []]
+"""Of the sequences of a packed batch: where samples start, between pictures and not where context parallelism cuts (at
+multiples of 3); the last sequences are one sample each, one of them marked so."""
+PADDED = {2, 5}
+"""Sequences whose last sample is padding."""
+
+
+def pack(sequences: list[PackedSequence]) -> list[PackedSequence]:
+    """Mark the tokens of a batch as SAMPLES and PADDED have it."""
+    for i, sequence in enumerate(sequences):
+        roles, starts = sequence.roles_S, SAMPLES[i]
+        assert not (roles[starts] & VISUAL).any()
+        roles[starts] = START
+        if i in PADDED:
+            assert not (roles[starts[-1] :] & VISUAL).any()
+            roles[starts[-1] :] = PADDING
+            roles[starts[-1]] |= START
+    return sequences
 
 
 def run(

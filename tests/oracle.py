@@ -28,6 +28,7 @@ import torch
 VISUAL = 1  # its input row is project_up(a visual embedding), not the embedding of its token
 TEXT_TARGET = 2  # its token is predicted by the position before it
 VISUAL_TARGET = 4  # its visual embedding is predicted by the position before it
+START = 32  # a sample begins here, and no sample sees another of its sequence; a sequence without is one sample
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,13 @@ def pool(hidden_IPE, queries):
     return windows.mean(dim=(2, 4)).reshape(images, queries, width)
 
 
-def decode(weights, sizes, tokens_BS, visual_mask_BS, features_RE):
+def decode(weights, sizes, tokens_BS, visual_mask_BS, features_RE, starts_BS=None):
     """The decoder (LLaMA): tokens [B, S] -> (hidden [B, S, D] after the final norm, logits [B, S, V]).
 
     Where the boolean mask [B, S] is set, the embedding of the token is replaced by a row of project_up(features),
     features [R, E], R = number of set positions, in row-major (b, s) order. Attention is causal for visual rows too,
-    and positions are 0..S-1 in every sequence.
+    and positions are 0..S-1 in every sequence. Where the boolean starts [B, S] are set, a sample begins: what follows
+    sees nothing before it. None are none: each sequence is one sample.
     """
     mask_BS = visual_mask_BS.bool()
     if features_RE.shape[0] != int(mask_BS.sum()):
@@ -95,11 +97,15 @@ def decode(weights, sizes, tokens_BS, visual_mask_BS, features_RE):
     hidden_BSD = weights["decoder.lm.model.embed_tokens.weight"][tokens_BS]
     # Indexing by a boolean mask visits the set positions in row-major order.
     hidden_BSD = hidden_BSD.index_put((mask_BS,), features_RE @ weights["project_up.weight"].T)
+    if starts_BS is None:
+        starts_BS = torch.zeros_like(mask_BS)
+    sample_BS = starts_BS.cumsum(dim=1)
+    same_B1SS = (sample_BS[:, :, None] == sample_BS[:, None, :])[:, None]
 
     for i in range(_count_layers(weights, "decoder.lm.model.layers.")):
         layer = _under(weights, f"decoder.lm.model.layers.{i}.")
         normed_BSD = _rms_norm(hidden_BSD, layer["input_layernorm.weight"], sizes.decoder_eps)
-        hidden_BSD = hidden_BSD + _decoder_attention(layer, sizes, normed_BSD)
+        hidden_BSD = hidden_BSD + _decoder_attention(layer, sizes, normed_BSD, same_B1SS)
         normed_BSD = _rms_norm(hidden_BSD, layer["post_attention_layernorm.weight"], sizes.decoder_eps)
         hidden_BSD = hidden_BSD + _decoder_mlp(layer, normed_BSD)
 
@@ -125,12 +131,14 @@ def losses(weights, sizes, tokens_BS, roles_BS, features_RE, text_count=None, vi
     visual_BS = (roles_BS & VISUAL) != 0
     text_target_BS = (roles_BS & TEXT_TARGET) != 0
     visual_target_BS = (roles_BS & VISUAL_TARGET) != 0
-    if bool((text_target_BS | visual_target_BS)[:, 0].any()):
-        raise ValueError("the first position of a sequence cannot be a target: nothing precedes it")
+    starts_BS = (roles_BS & START) != 0
+    targets_BS = text_target_BS | visual_target_BS
+    if bool(targets_BS[:, 0].any()) or bool(targets_BS[starts_BS].any()):
+        raise ValueError("the first position of a sequence or sample cannot be a target: nothing precedes it")
     if bool((visual_target_BS & ~visual_BS).any()):
         raise ValueError("a visual target must be a visual row: its target is the feature it takes")
 
-    hidden_BSD, logits_BSV = decode(weights, sizes, tokens_BS, visual_BS, features_RE)
+    hidden_BSD, logits_BSV = decode(weights, sizes, tokens_BS, visual_BS, features_RE, starts_BS)
 
     predictors_BS = text_target_BS.roll(-1, dims=1)  # column 0 is never set, so nothing wraps around
     logits_NV = logits_BSV[predictors_BS]
@@ -231,14 +239,16 @@ def _layer_norm(hidden_IPE, block, name, sizes):
 # The decoder
 
 
-def _decoder_attention(layer, sizes, hidden_BSD):
-    """Causal attention with rotary embeddings, [B, S, D] -> [B, S, D], without biases."""
+def _decoder_attention(layer, sizes, hidden_BSD, same_B1SS):
+    """Causal attention within samples, with rotary embeddings, [B, S, D] -> [B, S, D], without biases."""
     q, k, v = (
         _split(hidden_BSD @ layer[f"self_attn.{name}_proj.weight"].T, sizes.decoder_heads) for name in ("q", "k", "v")
     )
     positions = hidden_BSD.shape[1]
     causal_SS = torch.ones(positions, positions, dtype=torch.bool, device=hidden_BSD.device).tril()
-    mixed_BASK = _attention(_rotate(q, sizes.rope_theta), _rotate(k, sizes.rope_theta), v, mask_TT=causal_SS)
+    mixed_BASK = _attention(
+        _rotate(q, sizes.rope_theta), _rotate(k, sizes.rope_theta), v, mask_TT=causal_SS & same_B1SS
+    )
     return _join(mixed_BASK) @ layer["self_attn.o_proj.weight"].T
 
 
@@ -276,7 +286,7 @@ def _rotate(x_BASK, theta):
 
 
 def _attention(q, k, v, mask_TT):
-    """softmax(q k^T / sqrt(K)) v, each [.., A, T, K] -> [.., A, T, K]; mask [T, T] is true where a row may look."""
+    """softmax(q k^T / sqrt(K)) v, each [.., A, T, K] -> [.., A, T, K]; mask [.., T, T] is true where a row may look."""
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
     if mask_TT is not None:
         scores = scores.masked_fill(~mask_TT, float("-inf"))

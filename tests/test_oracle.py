@@ -8,7 +8,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from oracle import TEXT_TARGET, VISUAL, VISUAL_TARGET, Sizes
+from oracle import START, TEXT_TARGET, VISUAL, VISUAL_TARGET, Sizes
 from safetensors import safe_open
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -377,6 +377,33 @@ def test_losses_match_loops():
         assert difference(a, w) < EXACT, name
 
 
+def test_samples_that_share_a_sequence_do_not_see_each_other():
+    """The losses and gradients of two packed sequences are those of their five parts, each a sequence of its own."""
+    weights, sizes, tokens, roles, features = loss_case()
+    roles[:, 0] |= START
+    for b, s in ((0, 2), (1, 3), (1, 5)):
+        roles[b, s] |= START
+    leaves = [*weights.values(), features]
+    packed = oracle.losses(weights, sizes, tokens, roles, features)
+    parts = [
+        oracle.losses(weights, sizes, tokens[b : b + 1, first:end], roles[b : b + 1, first:end] & ~START, of_part)
+        for (b, first, end), of_part in zip(
+            ((0, 0, 2), (0, 2, 8), (1, 0, 3), (1, 3, 5), (1, 5, 8)), features.split([0, 2, 2, 0, 1]), strict=True
+        )
+    ]
+    for name in ("text_sum", "square_sum"):
+        alone = sum(part[name] for part in parts)
+        assert packed[name].item() == pytest.approx(alone.item(), rel=EXACT), name
+        actual, wanted = (
+            torch.autograd.grad(x, leaves, retain_graph=True, allow_unused=True) for x in (packed[name], alone)
+        )
+        for leaf, a, w in zip([*weights, "features"], actual, wanted, strict=True):
+            assert (a is None) == (w is None) and (a is None or difference(a, w) < EXACT), (name, leaf)
+    assert [packed["text_count"], packed["visual_count"]] == [7, 3]
+    together = oracle.losses(weights, sizes, tokens, roles & ~START, features)
+    assert abs(together["text_sum"].item() - packed["text_sum"].item()) > 0.01
+
+
 def test_losses_of_parts_with_the_counts_of_the_whole_add_up():
     weights, sizes, tokens, roles, features = loss_case()
     whole = oracle.losses(weights, sizes, tokens, roles, features)
@@ -412,6 +439,10 @@ def test_losses_refuse_impossible_roles():
         first[1, 0] = target
         with pytest.raises(ValueError, match="first position"):
             oracle.losses(weights, sizes, tokens, first, features)
+    first = roles.clone()
+    first[0, 5] |= START
+    with pytest.raises(ValueError, match="first position"):
+        oracle.losses(weights, sizes, tokens, first, features)
     roles[0, 2] = VISUAL_TARGET
     with pytest.raises(ValueError, match="must be a visual row"):
         oracle.losses(weights, sizes, tokens, roles, features)

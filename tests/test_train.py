@@ -1,4 +1,4 @@
-"""`emu2 train` as a user runs it: real processes, real pictures, real mistakes."""
+"""`emu2 train` as a user runs it: real processes, real pictures, real mistakes. (i*.tar: images and interleaved.)"""
 
 import json
 import os
@@ -39,7 +39,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes(shards: Path, tmp_path: Path) -> None:
     """A pipeline of two, trained encoder: every step logged everywhere, and a checkpoint that knows its place."""
     overrides = [
-        f"data.shards=[{shards}/*.tar]", f"logging.directory={tmp_path}", "logging.every=2",
+        f"data.shards=[{shards}/i*.tar]", f"logging.directory={tmp_path}", "logging.every=2",
         "parallel.tensor_parallel_size=1", "parallel.data_parallel_size=1", "training.train_encoder=true",
         "training.steps=5", "training.global_batch_size=4", "training.micro_batch_size=2", "checkpoint.every=3",
     ]  # fmt: skip
@@ -52,6 +52,8 @@ def test_two_processes(shards: Path, tmp_path: Path) -> None:
     assert records[-1]["text_loss"] < records[0]["text_loss"] and records[-1]["image_loss"] < records[0]["image_loss"]
     assert all(r["tokens_per_second"] > 0 and r["images_per_second"] > 0 and r["skipped_samples"] == 0 for r in records)
     assert all(0 < r["mfu"] < 1.5 and r["tflops_per_second"] > 0 for r in records)
+    # One replica has nobody to wait for.
+    assert all(0 <= r["padding_share"] < 1 and r["encoder_balance"] == 1 for r in records)
     assert done.stdout.count("FLOPs of a step = ") == 1 and "measured by" in done.stdout
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [e.step for e in events.Scalars("loss/text")] == [1, 2, 4, 5]
@@ -73,7 +75,7 @@ def test_two_processes(shards: Path, tmp_path: Path) -> None:
         with Loader(again, Tokenizer(again.data.tokenizer), range(4)) as loader:
             for _ in range(steps):
                 next(loader)
-            assert state == {"step": steps, "cursors": [loader.state()[slot] for slot in range(4)]}
+            assert state == {"step": steps, "data": loader.state()}
 
 
 WRONG = {
@@ -101,7 +103,7 @@ WRONG = {
 def test_wrong_configurations(name: str, shards: Path, tmp_path: Path) -> None:
     """Exit code 2 and one line that names the key and what would be legal; no process was started for it."""
     wrong, helpful = WRONG[name]
-    right = [f"data.shards=[{shards}/*.tar]", f"logging.directory={tmp_path}"]
+    right = [f"data.shards=[{shards}/i*.tar]", f"logging.directory={tmp_path}"]
     done = emu2("train", "--config", "tiny_interleaved", *right, *wrong)
     assert done.returncode == 2
     assert done.stdout == "" and done.stderr.count("\n") == 1
@@ -117,7 +119,7 @@ def test_unknown_recipe() -> None:
 def test_a_model_too_large_for_the_machine(shards: Path, tmp_path: Path) -> None:
     """The 37B model on this machine's CPU is refused before the first process starts, not by the kernel later."""
     done = emu2(
-        "train", "--config", "stage2", f"data.shards=[{shards}/*.tar]", "data.tokenizer=examples/data/tokenizer.model",
+        "train", "--config", "stage2", f"data.shards=[{shards}/i*.tar]", "data.tokenizer=examples/data/tokenizer.model",
         f"logging.directory={tmp_path}", "model.decoder.vocab_size=1272",
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1
@@ -128,7 +130,7 @@ def test_fp8_that_is_not_there(shards: Path, tmp_path: Path, monkeypatch: pytest
     """megatron-core would train in bf16 without a word."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = emu2(
-        "train", "--config", "tiny_interleaved", f"data.shards=[{shards}/*.tar]", f"logging.directory={tmp_path}/run",
+        "train", "--config", "tiny_interleaved", f"data.shards=[{shards}/i*.tar]", f"logging.directory={tmp_path}/run",
         "training.precision=bf16", "fp8.recipe=current", "model.decoder.ffn_hidden_size=352",
     )  # fmt: skip
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
@@ -139,7 +141,7 @@ def test_fp8_that_is_not_there(shards: Path, tmp_path: Path, monkeypatch: pytest
 def test_fp8_emulated(shards: Path, tmp_path: Path) -> None:
     """It runs on two ranks, and says once what it is."""
     done = emu2(
-        "train", "--config", "tiny_interleaved", f"data.shards=[{shards}/*.tar]", f"logging.directory={tmp_path}",
+        "train", "--config", "tiny_interleaved", f"data.shards=[{shards}/i*.tar]", f"logging.directory={tmp_path}",
         "parallel.tensor_parallel_size=1", "parallel.data_parallel_size=1", "training.steps=2",
         "training.precision=bf16", "fp8.recipe=delayed", "fp8.emulate=true",
     )  # fmt: skip

@@ -35,8 +35,11 @@ class _Reader(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def check(folder: Path) -> None:
+def check(folder: Path) -> dict[str, tuple[int, ...]]:
     """Read the table of contents of a checkpoint, and nothing else.
+
+    Returns:
+        Name and shape of every tensor in it, over all its shards.
 
     Raises:
         CheckpointError: the table is missing, damaged, or refers to something that no such table needs.
@@ -44,6 +47,7 @@ def check(folder: Path) -> None:
     path = folder / ".metadata"
     try:
         with path.open("rb") as file:
-            _Reader(file).load()
+            contents = _Reader(file).load().state_dict_metadata
+        return {name: tuple(entry.size) for name, entry in contents.items() if hasattr(entry, "size")}
     except Exception as error:  # a damaged pickle raises nearly anything
         raise CheckpointError(f"{path} is not a table of contents that torch wrote: {error}") from error

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -22,13 +23,13 @@ def folder(directory: str | Path, step: int) -> Path:
     return Path(directory) / f"step_{step:08d}"
 
 
-def save(directory: str | Path, engine: Engine, step: int, cursors: list[int]) -> Path:
+def save(directory: str | Path, engine: Engine, step: int, data: dict[str, Any]) -> Path:
     """Write weights and the place in the data; called by all ranks together.
 
     Args:
         directory: folder of checkpoints.
         step: updates done.
-        cursors: samples consumed by every slot of the global batch.
+        data: the place in the data of all slots, as JSON (`data/loader.py`).
 
     Returns:
         The checkpoint's folder. It appears under its final name only when complete.
@@ -46,7 +47,7 @@ def save(directory: str | Path, engine: Engine, step: int, cursors: list[int]) -
         unfinished.mkdir(parents=True)
 
     def finish() -> None:
-        (unfinished / TRAINER).write_text(json.dumps({"step": step, "cursors": cursors}))
+        (unfinished / TRAINER).write_text(json.dumps({"step": step, "data": data}))
         unfinished.rename(final)
 
     _on_rank_0(prepare, engine, step)

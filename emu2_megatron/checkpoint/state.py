@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import ShardedTensor
+from torch import Tensor
 
 from emu2_megatron.parallel.wrap import Engine
 
@@ -25,7 +26,11 @@ def sharded_weights(engine: Engine) -> list[dict[str, Any]]:
         # The vocabulary's padding depends on the layout. megatron-core's embedding says so itself.
         parts[-1]["output_layer.weight"].allow_shape_mismatch = True
     encoder = {
-        name: ShardedTensor.from_rank_offsets(f"visual.{name}", weight, replica_id=engine.here.rank)
-        for name, weight in engine.encoder.state_dict(keep_vars=True).items()
+        name: encoder_shard(name, weight, engine) for name, weight in engine.encoder.state_dict(keep_vars=True).items()
     }
     return [*parts, encoder]
+
+
+def encoder_shard(name: str, weight: Tensor, engine: Engine) -> ShardedTensor:
+    """A tensor of the encoder: every rank has the whole of it, the first one stores it."""
+    return ShardedTensor.from_rank_offsets(f"visual.{name}", weight, replica_id=engine.here.rank)

@@ -2,7 +2,8 @@
 
 Convention (PaLM, arXiv 2204.02311, appendix B): matrix products only, 2 * m * n * k each; backward is twice forward;
 what recompute or padding of the vocabulary add is not counted. Causal attention counts the half of the score matrix
-that is used. An encoder that is frozen counts its forward pass alone.
+that is used, of the whole sequence also where samples are kept apart in it. An encoder that is frozen counts its
+forward pass alone.
 """
 
 from dataclasses import dataclass

@@ -113,6 +113,25 @@ def _one_of(key: str, choices: tuple[str, ...]) -> Rule:
     return Rule(key, lambda config: _value(config, key) in choices, lambda _: f"legal: {', '.join(choices)}")
 
 
+def _each_positive(key: str) -> Rule:
+    return Rule(
+        key,
+        lambda config: all(0 < value < math.inf for value in _value(config, key)),
+        lambda _: "legal: numbers above 0",
+    )
+
+
+def _one_a_source(key: str) -> Rule:
+    """What blends the entries of data.shards has a number for each of them."""
+    return Rule(
+        key,
+        lambda config: not _value(config, key) or len(_value(config, key)) == len(config.data.shards),
+        lambda config: (
+            f"data.shards has {len(config.data.shards)}, legal: a number for each of them, or [] for one source"
+        ),
+    )
+
+
 def _unless_null(rule: Rule) -> Rule:
     return rule._replace(holds=lambda config: _value(config, rule.key) is None or rule.holds(config))
 
@@ -259,6 +278,13 @@ RULES: list[Rule] = [
         ),
     ),
     *map(_decay, ("optimizer.adam_beta1", "optimizer.adam_beta2")),
+    *map(_each_positive, ("data.weights", "data.samples_per_step", "data.video_frames")),
+    Rule("data.video_frames", lambda config: bool(config.data.video_frames), lambda _: "legal: at least one number"),
+    Rule(
+        "data.weights",
+        lambda config: not (config.data.weights and config.data.samples_per_step),
+        lambda _: "given together with samples_per_step; set one of them to []",
+    ),
     _unless_null(_positive("parallel.data_parallel_size")),
     _unless_null(_not_negative("optimizer.warmup_steps")),
     _unless_null(_share("optimizer.warmup_ratio")),
@@ -428,6 +454,7 @@ RULES: list[Rule] = [
         ),
     ),
     Rule("data.shards", lambda config: len(config.data.shards) > 0, lambda _: _MAKE_SHARDS),
+    *map(_one_a_source, ("data.weights", "data.samples_per_step")),
     Rule(
         "data.tokenizer",
         lambda config: config.data.tokenizer != "",

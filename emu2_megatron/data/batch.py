@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL, VISUAL_TARGET
+from emu2_megatron.data.sequence import START, TEXT_TARGET, VISUAL, VISUAL_TARGET
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,22 @@ def share(length: int, cp_rank: int = 0, cp_size: int = 1, sp_rank: int = 0, sp_
     chunks = torch.arange(length).chunk(2 * cp_size)
     tokens = torch.cat([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]]) if cp_size > 1 else torch.arange(length)
     return Share(tokens, tokens.chunk(sp_size)[sp_rank])
+
+
+def cu_seqlens(roles_BS: Tensor) -> Tensor | None:
+    """Where the samples of a micro-batch end, for attention that keeps them apart; from whole sequences, uint8 [B, S].
+
+    Returns:
+        int32 [samples + 1], under the name FlashAttention and megatron-core have for it: tokens of all samples so far,
+        sequence after sequence; from 0 to B * S. Every sequence begins a sample, and so does its padding. None if each
+        sequence is a single sample: then there is nothing to keep apart.
+    """
+    B, S = roles_BS.shape
+    starts_BS = (roles_BS & START).bool()
+    starts_BS[:, 0] = True
+    if int(starts_BS.sum()) == B:
+        return None
+    return F.pad(starts_BS.flatten().nonzero().flatten(), (0, 1), value=B * S).int()
 
 
 def targets(tokens_BS: Tensor, roles_BS: Tensor, held: Share | None = None) -> Targets:

@@ -1,65 +1,62 @@
-"""The order of the data, which no layout can change, and the thread that prepares the next batch.
+"""The rows of a rank's slots, step after step, prepared by a background thread.
 
-The global batch has G = training.global_batch_size slots, each an endless stream of samples of its own. In epoch e,
-slot s visits the positions s, s + G, s + 2G, ... of a permutation of all samples seeded by (training.seed, e); step t
-of the run takes one packed row from every slot. A rank reads the slots it is given, so whoever reads a slot sees the
-same rows, and together the slots visit every sample exactly once in an epoch. (With fewer samples than slots, slots
-share samples.) The place in the data is one integer a slot: how many samples it has consumed.
+A step is: read and probe samples (`data/samples.py`) in the order of `data/order.py`, choose those that share a row
+(`data/packing.py`), decode what the rows show, all at once (`data/decode.py`), and put the rows together without what
+could not be decoded. The thread never forks, so DALI may run in it.
+
+The place in the data is a few integers a slot: how many samples it has drawn of each source, and which of those still
+wait for a row. Nothing else is needed to go on exactly, on any number of ranks.
 """
 
-import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from pathlib import Path
 from threading import Event
 from types import TracebackType
+from typing import Any, NamedTuple
 
-import numpy as np
+from torch import Tensor
 
 from emu2_megatron.config.schema import Config
-from emu2_megatron.data.packing import pack_row
+from emu2_megatron.data.decode import decode
+from emu2_megatron.data.order import sample_at, shares, source_at, sources_of_step
+from emu2_megatron.data.packing import Cost, assemble, choose, cost, total
+from emu2_megatron.data.quarantine import Quarantine
 from emu2_megatron.data.samples import Sample, build_sample, reason_of
-from emu2_megatron.data.sequence import PackedSequence
+from emu2_megatron.data.sequence import Features, PackedSequence, Picture
 from emu2_megatron.data.shards import ShardIndex
 from emu2_megatron.data.tokenizer import Tokenizer
 from emu2_megatron.errors import CheckpointError, ConfigError, DataError
 
-logger = logging.getLogger(__name__)
-
-
-def sample_at(slot: int, cursor: int, num_slots: int, num_samples: int, seed: int) -> tuple[int, int]:
-    """(epoch, sample index) of the sample that a slot visits after `cursor` others."""
-    in_epoch = len(range(slot, num_samples, num_slots)) or 1  # fewer samples than slots: one each epoch, shared
-    epoch, step = divmod(cursor, in_epoch)
-    return epoch, int(_permutation(seed, epoch, num_samples)[(slot + step * num_slots) % num_samples])
-
-
-@lru_cache(maxsize=2)  # slots cross into the next epoch at slightly different times
-def _permutation(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    return np.random.default_rng([seed, 0, epoch]).permutation(num_samples)
+State = dict[str, Any]
+"""A loader's place as JSON: `samples` (of each source) and `slots` (by number: `rows`, `drawn`, `waiting`, `used`)."""
 
 
 class Loader:
     """Iterator over a rank's share of each global batch: `next` gives a row for each of its slots, in their order.
 
-    One background thread reads, decodes and packs the next step meanwhile; what goes wrong there is raised by `next`.
-    Samples that cannot be used (any DataError) are skipped and logged once each with shard and key. `close`, or leaving
-    a `with` block, ends the thread.
+    One background thread prepares the next step meanwhile; what goes wrong there is raised by `next`. Samples that
+    cannot be used (any DataError) are skipped, counted and listed. `close`, or leaving a `with` block, ends the thread.
 
-    Attributes: `index` (the samples), `slots`, `skipped` (how often a sample was skipped, by reason, up to the last
-    batch handed out since this loader was made).
+    Attributes: `sources` (the samples of each), `slots`, `skipped` (how often a sample was skipped, by reason, up to
+    the last batch handed out since this loader was made).
 
     Raises ConfigError if the tokenizer's vocabulary is not the model's; DataError as `ShardIndex` does; ValueError for
-    slots that are not distinct numbers below global_batch_size. `next` raises DataError once every sample has proved
-    bad.
+    slots that are not distinct numbers below global_batch_size. `next` raises DataError once more than
+    data.max_bad_share of the samples, or all of them, have proved bad.
     """
 
     def __init__(
-        self, config: Config, tokenizer: Tokenizer, slots: Sequence[int], index: ShardIndex | None = None
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        slots: Sequence[int],
+        sources: Sequence[ShardIndex] | None = None,
+        quarantine: Path | None = None,
     ) -> None:
-        """`index` saves scanning config.data.shards again where the caller has done so."""
+        """`sources` saves opening config.data.shards again; `quarantine` is a file that bad samples are listed in."""
         if tokenizer.vocab_size != config.model.decoder.vocab_size:
             raise ConfigError(
                 f"data.tokenizer has {tokenizer.vocab_size} tokens, added ones included, "
@@ -69,12 +66,14 @@ class Loader:
         if len(set(slots)) != len(slots) or not all(0 <= slot < num_slots for slot in slots):
             raise ValueError(f"slots must be distinct and within 0..{num_slots - 1}, got {list(slots)}")
         self.slots = tuple(slots)
-        self.index = index if index is not None else ShardIndex(config.data.shards)
+        self.sources = list(sources) if sources is not None else open_sources(config)
         self.skipped: Counter[str] = Counter()
         self._config = config
         self._tokenizer = tokenizer
-        self._places = {slot: _Place(0, None) for slot in self.slots}
-        self._logged: set[int] = set()
+        self._shares = shares(config.data)
+        start = _Place(0, (0,) * len(self.sources), (), Cost(0, 0))
+        self._places = {slot: start for slot in self.slots}
+        self._quarantine = Quarantine(quarantine, config.data.max_bad_share)
         self._closed = Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="emu2-loader")
         self._prefetch: Future[_Step] | None = None
@@ -93,22 +92,23 @@ class Loader:
         self._prefetch = self._thread.submit(self._step, self._places)
         return step.rows
 
-    def state(self) -> dict[int, int]:
-        """Samples consumed by each slot, skipped ones included, up to the last batch handed out."""
-        return {slot: place.cursor for slot, place in self._places.items()}
+    def state(self) -> State:
+        """The place after the last batch handed out."""
+        slots = {str(slot): place.state() for slot, place in self._places.items()}
+        return {"samples": [len(source) for source in self.sources], "slots": slots}
 
-    def load_state(self, state: Mapping[int, int]) -> None:
+    def load_state(self, state: State) -> None:
         """Continues from a `state`, one's own or those of all ranks merged: slots of others are ignored.
 
-        Raises CheckpointError if one of this loader's slots is missing or has no valid count.
+        Raises CheckpointError if it is of other data or lacks one of this loader's slots.
         """
-        for slot in self.slots:
-            if not isinstance(state.get(slot), int) or state[slot] < 0:
-                raise CheckpointError(
-                    f"the saved place in the data has no valid count for slot {slot} "
-                    f"(saved slots: {len(state)}); training.global_batch_size must be that of the saved run"
-                )
-        self._places = {slot: _Place(state[slot], None) for slot in self.slots}
+        samples = [len(source) for source in self.sources]
+        if state.get("samples") != samples:
+            raise CheckpointError(
+                f"the saved place in the data is in sources of {state.get('samples')} samples, data.shards has "
+                f"{samples}; give the shards, in the order, that the saved run had"
+            )
+        self._places = {slot: self._restored(slot, state) for slot in self.slots}
         self._prefetch = None  # a step already being prepared touches nothing but its own copy of the places
 
     def close(self) -> None:
@@ -124,50 +124,198 @@ class Loader:
     ) -> None:
         self.close()
 
+    def _restored(self, slot: int, state: State) -> "_Place":
+        slots = state.get("slots", {})
+        try:
+            saved = slots[str(slot)]
+            place = _Place(
+                int(saved["rows"]),
+                tuple(map(int, saved["drawn"])),
+                tuple(_Drawn(int(source), int(cursor)) for source, cursor in saved["waiting"]),
+                Cost(*map(int, saved["used"])),
+            )
+            if len(place.drawn) != len(self.sources) or min(*place.drawn, *place.used, place.rows) < 0:
+                raise ValueError(saved)
+            return place
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"the saved place in the data has no valid entry for slot {slot} (saved slots: {len(slots)}); "
+                "training.global_batch_size must be that of the saved run"
+            ) from error
+
+    # What follows runs in the background thread -----------------------------------------------------------------------
+
     def _step(self, places: "dict[int, _Place]") -> "_Step":
-        """Prepares one step; runs in the background thread."""
+        """Prepares one step."""
         skipped: Counter[str] = Counter()
-        rows: list[PackedSequence] = []
+        rows: list[list[_Drawn]] = []
         after: dict[int, _Place] = {}
         for slot in self.slots:
-            stream = _SlotStream(places[slot], partial(self._read, slot, skipped))
-            rows.append(pack_row(stream, self._config.data.sequence_length, self._tokenizer.pad))
-            after[slot] = stream.place
-        return _Step(rows, after, skipped)
+            row, after[slot] = self._fill(slot, places[slot], skipped)
+            rows.append(row)
+        return _Step(self._decoded(rows, skipped), after, skipped)
 
-    def _read(self, slot: int, skipped: Counter[str], cursor: int) -> tuple[int, Sample]:
-        """The first usable sample of a slot from `cursor` on, and the cursor it is at."""
+    def _fill(self, slot: int, place: "_Place", skipped: Counter[str]) -> "tuple[list[_Drawn], _Place]":
+        """The samples of a slot's next row, and its place after them."""
+        data = self._config.data
+        drawn = list(place.drawn)
+        # After a restart, what waits has to be read again.
+        read = [waiting if waiting.sample else self._read(slot, waiting, skipped) for waiting in place.pool]
+        pool = [waiting for waiting in read if waiting is not None]
+        if data.samples_per_step:
+            num_slots = self._config.training.global_batch_size
+            for source in sources_of_step(slot, place.rows, num_slots, data.samples_per_step):
+                pool += self._draw(slot, source, drawn, skipped)
+        row: list[_Drawn] = []
+        filled = Cost(0, 0)
+        while True:
+            if not data.samples_per_step:
+                self._refill(slot, pool, drawn, skipped)
+            costs = [cost(waiting.content) for waiting in pool]
+            seen = total([place.used, filled, *costs])
+            index = choose(costs, filled, data.sequence_length, seen.pictures / max(1, seen.tokens))
+            if index is None:
+                break
+            row.append(pool.pop(index))
+            filled = total([filled, costs[index]])
+        if data.samples_per_step and len(pool) > data.packing_buffer:
+            raise DataError(
+                f"data.samples_per_step: {sum(data.samples_per_step)} samples a step do not fit "
+                f"{self._config.training.global_batch_size} rows of {data.sequence_length} tokens: {len(pool)} wait "
+                f"for slot {slot}, data.packing_buffer is {data.packing_buffer}; raise training.global_batch_size"
+            )
+        return row, _Place(place.rows + 1, tuple(drawn), tuple(pool), total([place.used, filled]))
+
+    def _refill(self, slot: int, pool: "list[_Drawn]", drawn: list[int], skipped: Counter[str]) -> None:
+        """Draw until the pool has data.packing_buffer samples."""
+        bad: set[tuple[int, int]] = set()
+        number = sum(map(len, self.sources))
+        while len(pool) < self._config.data.packing_buffer:
+            source = source_at(slot, sum(drawn), self._shares)
+            found = self._draw(slot, source, drawn, skipped)
+            pool += found
+            if found:
+                bad.clear()
+                continue
+            bad.add((source, self._sample_at(slot, source, drawn[source] - 1)[1]))
+            if len(bad) == number:
+                raise DataError(f"none of the {number} samples can be used: {dict(skipped)} (slots up to {slot})")
+
+    def _draw(self, slot: int, source: int, drawn: list[int], skipped: Counter[str]) -> "list[_Drawn]":
+        """The next sample of a source, or none if it is bad."""
+        drawn[source] += 1
+        new = self._read(slot, _Drawn(source, drawn[source] - 1), skipped)
+        return [new] if new is not None else []
+
+    def _read(self, slot: int, drawn: "_Drawn", skipped: Counter[str]) -> "_Drawn | None":
+        """A drawn sample with its content; None if it is bad."""
+        if self._closed.is_set():
+            raise RuntimeError("this loader is closed")
+        epoch, number = self._sample_at(slot, drawn.source, drawn.cursor)
+        index = self.sources[drawn.source]
+        shard, offset = index.locate(number)
+        key = f"(at byte {offset})"
+        # Samples of different sources must not draw alike.
+        before = sum(len(source) for source in self.sources[: drawn.source])
+        try:
+            raw = index.read(number)
+            key = raw.key
+            sample = build_sample(raw, self._tokenizer, self._config, epoch, before + number)
+        except DataError as error:
+            skipped[reason_of(error)] += 1
+            self._quarantine.add(shard, offset, key, error)
+            return None
+        self._quarantine.good()
+        return drawn._replace(sample=sample, place=(shard, offset))
+
+    def _sample_at(self, slot: int, source: int, cursor: int) -> tuple[int, int]:
         training = self._config.training
-        bad: set[int] = set()
-        while len(bad) < len(self.index):
-            if self._closed.is_set():
-                raise RuntimeError("this loader is closed")
-            epoch, i = sample_at(slot, cursor, training.global_batch_size, len(self.index), training.seed)
-            shard, offset = self.index.locate(i)
-            key = f"(at byte {offset})"
-            try:
-                raw = self.index.read(i)
-                key = raw.key
-                return cursor, build_sample(raw, self._tokenizer, self._config, epoch, i)
-            except DataError as error:
-                last = error
-                bad.add(i)
-                skipped[reason_of(error)] += 1
-                if i not in self._logged:
-                    self._logged.add(i)
-                    logger.warning("skipped sample %s of %s: %s", key, shard, error)
-            cursor += 1
-        raise DataError(
-            f"none of the {len(self.index)} samples can be used, the last one: {last} (reasons, for all slots of this "
-            f"step: {dict(skipped)})"
-        ) from last
+        key = (training.seed, source)
+        return sample_at(slot, cursor, training.global_batch_size, len(self.sources[source]), key)
+
+    def _decoded(self, rows: "list[list[_Drawn]]", skipped: Counter[str]) -> list[PackedSequence]:
+        """Rows with their pictures; samples that cannot be decoded are left out."""
+        shown = [visual for row in rows for drawn in row for visual in drawn.content.visuals]
+        encoded = [visual for visual in shown if not isinstance(visual, Features)]
+        decoded = iter(decode(encoded, self._config.model.encoder.image_size))
+        return [
+            assemble(
+                [whole for drawn in row if (whole := self._with_pictures(drawn, decoded, skipped)) is not None],
+                self._config.data.sequence_length,
+                self._tokenizer.pad,
+            )
+            for row in rows
+        ]
+
+    def _with_pictures(
+        self, drawn: "_Drawn", decoded: Iterator[Tensor | DataError], skipped: Counter[str]
+    ) -> tuple[Sample, list[Picture]] | None:
+        """A sample and all it shows; None if something in it could not be decoded. Takes its share of `decoded`."""
+        sample = drawn.content
+        pictures: list[Picture] = []
+        errors: list[DataError] = []
+        for visual in sample.visuals:
+            result = visual if isinstance(visual, Features) else next(decoded)
+            if isinstance(result, DataError):
+                errors.append(result)
+            else:
+                pictures += [result] if isinstance(result, Features) else list(result)
+        if errors:
+            skipped[reason_of(errors[0])] += 1
+            self._quarantine.add(*drawn.place, sample.key, errors[0], new=False)
+            return None
+        return sample, pictures
+
+
+def open_sources(config: Config) -> list[ShardIndex]:
+    """The samples of data.shards: a source for each entry if they are blended, else one of all. Raises DataError as
+    `ShardIndex` does."""
+    data = config.data
+    if data.weights or data.samples_per_step:
+        return [ShardIndex([pattern]) for pattern in data.shards]
+    return [ShardIndex(data.shards)]
+
+
+def merged(states: Sequence[State]) -> State:
+    """The place of all ranks, from the `state` of each."""
+    slots = {slot: place for state in states for slot, place in state["slots"].items()}
+    return {"samples": states[0]["samples"], "slots": dict(sorted(slots.items(), key=lambda item: int(item[0])))}
+
+
+class _Drawn(NamedTuple):
+    """A sample that a slot has drawn."""
+
+    source: int
+    cursor: int
+    """How many the slot had drawn of the source before."""
+    sample: Sample | None = None
+    """Its content; None before it is read."""
+    place: tuple[str, int] = ("", 0)
+    """Shard, and the byte in it."""
+
+    @property
+    def content(self) -> Sample:
+        """The sample, which has been read."""
+        assert self.sample is not None
+        return self.sample
 
 
 @dataclass(frozen=True)
 class _Place:
-    cursor: int
-    pending: Sample | None
-    """The sample at the cursor, if it has been read already: it did not fit the last row."""
+    """Where a slot is."""
+
+    rows: int
+    drawn: tuple[int, ...]
+    """Samples drawn of each source, bad ones included."""
+    pool: tuple[_Drawn, ...]
+    """Those of them that wait for a row, oldest first."""
+    used: Cost
+    """All that has gone into rows."""
+
+    def state(self) -> dict[str, Any]:
+        """As JSON."""
+        waiting = [[drawn.source, drawn.cursor] for drawn in self.pool]
+        return {"rows": self.rows, "drawn": list(self.drawn), "waiting": waiting, "used": list(self.used)}
 
 
 @dataclass(frozen=True)
@@ -175,20 +323,3 @@ class _Step:
     rows: list[PackedSequence]
     places: dict[int, _Place]
     skipped: Counter[str]
-
-
-class _SlotStream:
-    """A slot's usable samples from a place on (a `packing.SampleStream`)."""
-
-    def __init__(self, place: _Place, read: Callable[[int], tuple[int, Sample]]) -> None:
-        self.place = place
-        self._read = read
-
-    def peek(self) -> Sample:
-        if self.place.pending is None:
-            self.place = _Place(*self._read(self.place.cursor))
-        assert self.place.pending is not None
-        return self.place.pending
-
-    def advance(self) -> None:
-        self.place = _Place(self.place.cursor + 1, None)

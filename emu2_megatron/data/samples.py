@@ -1,32 +1,26 @@
-"""A stored sample to tokens, their roles and pictures: the sequence formats of the paper (arXiv 2312.13286).
+"""A stored sample to tokens, their roles and what it shows; nothing is decoded here.
 
-    caption       <s>[IMG]<image>*Q[/IMG]text</s>   or, at random,   <s>text[IMG]<image>*Q[/IMG]</s>
-    interleaved   <s> texts and [IMG]<image>*Q[/IMG] in reading order </s>
-
-Whatever is wrong with a sample is a DataError whose message is "reason: detail"; `reason_of` gives the part that is the
-same for all samples with the same fault.
+`data/formats.py` says what the kinds look like. Whatever is wrong with a sample is a DataError whose message is
+"reason: detail"; `reason_of` gives the part that is the same for all samples with the same fault.
 """
 
-import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from emu2_megatron.config.schema import Config
-from emu2_megatron.data.decode import decode_image
+from emu2_megatron.data import probe
 from emu2_megatron.data.features import EXTENSION, read_features
-from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL, VISUAL_TARGET, Picture
+from emu2_megatron.data.formats import Piece, Show, Text, Token, format_of, malformed
+from emu2_megatron.data.sequence import START, TEXT_TARGET, VISUAL, VISUAL_TARGET
 from emu2_megatron.data.shards import RawSample
 from emu2_megatron.data.tokenizer import Tokenizer
+from emu2_megatron.data.visuals import BoxPicture, EncodedPicture, EncodedVideo, Visual
 from emu2_megatron.errors import DataError
 
-Part = str | bytes
-"""A piece of a sample in reading order: text, or an encoded picture."""
 
-
-@dataclass
+@dataclass(frozen=True)
 class Sample:
     """One sample ready to be packed; S is its own length, at most the sequence length."""
 
@@ -36,60 +30,63 @@ class Sample:
     """int64 [S] token ids."""
     roles_S: np.ndarray
     """uint8 [S] bits of `data/sequence.py`."""
-    pictures: list[Picture]
-    """uint8 [3, H, W] each, RGB; or features in its place."""
+    visuals: list[Visual]
+    """What it shows, not decoded, in the order of its visual tokens."""
     queries: list[int]
-    """Visual embeddings of each picture."""
+    """Visual embeddings of each picture; a video is as many pictures as frames are taken from it."""
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A piece as tokens."""
+
+    tokens: list[int]
+    roles: list[int]
+    show: Show | None = None
+    queries: tuple[int, ...] = ()
+    frames: tuple[int, ...] = ()
 
 
 def build_sample(raw: RawSample, tokenizer: Tokenizer, config: Config, epoch: int, index: int) -> Sample:
-    """Tokens, roles and pictures of a stored sample.
+    """Tokens, roles and encoded pictures of a stored sample.
 
-    Supervised are text and `</s>` (cross-entropy) and `<image>` (regression), not `<s>`, and `[IMG]` and `[/IMG]` only
-    with data.supervise_image_markers. A sample longer than data.sequence_length is cut: text at its end, while a
-    picture that does not fit whole is dropped with everything after it; a cut sample has no `</s>`.
+    What is drawn at random (the order of picture and text, of phrase and box, frames, the window of a document) depends
+    on (training.seed, epoch, index) alone.
 
-    Whether a caption follows its picture is drawn from a generator that depends on (training.seed, epoch, index) only.
+    Args:
+        raw: the sample.
+        epoch, index: how often the data was seen before, and the sample's number.
 
-    Raises DataError ("reason: detail") if the sample does not follow the format of `data/shards.py`, a picture that is
-    kept cannot be decoded, or neither text nor picture is left to learn from; FeaturesError as `read_features` does.
+    Raises:
+        DataError: "reason: detail"; the sample does not follow its format, is longer than the context, has a picture or
+            video that is surely bad, or nothing to learn from.
+        FeaturesError: as `read_features` does.
     """
-    length, queries = config.data.sequence_length, config.model.image_queries
-    marker_role = TEXT_TARGET if config.data.supervise_image_markers else 0
-    tokens, roles = [tokenizer.bos], [0]
-    pictures: list[_Member] = []
-    whole = True
-    for part in _parts(raw, _image_first(config, epoch, index)):
-        if isinstance(part, str):
-            text = tokenizer.encode(part)
-            kept = text[: length - len(tokens)]
-            whole = len(kept) == len(text)
-            tokens += kept
-            roles += [TEXT_TARGET] * len(kept)
-        else:
-            whole = len(tokens) + queries + 2 <= length
-            if whole:
-                tokens += [tokenizer.image_begin, *[tokenizer.image] * queries, tokenizer.image_end]
-                roles += [marker_role, *[VISUAL | VISUAL_TARGET] * queries, marker_role]
-                pictures.append(part)
-        if not whole:
-            break
-    if len(tokens) == 1:
-        raise DataError(f"nothing to learn: {raw.key} has neither text nor a picture within {length} tokens")
-    if whole and len(tokens) < length:
-        tokens.append(tokenizer.eos)
-        roles.append(TEXT_TARGET)
+    # The 1 keeps this stream apart from the order of the data.
+    draw = np.random.default_rng([config.training.seed, 1, epoch, index])
+    form = format_of(raw)
+    pieces = form.pieces(raw, config.data, draw)
+    frames = config.data.video_frames[draw.integers(len(config.data.video_frames))]
+    blocks = [_block(raw, piece, tokenizer, config, frames) for piece in pieces]
+    room = config.data.sequence_length - 1
+    if form.too_long == "window":
+        blocks = _window(blocks, min(room, config.data.document_tokens - 1), config.data.document_pictures, draw)
+    elif form.too_long == "cut":
+        blocks = _cut(blocks, room)
+    elif (length := sum(len(block.tokens) for block in blocks)) > room:
+        raise DataError(
+            f"longer than the context: {raw.key} has {length + 1} tokens, data.sequence_length is {room + 1}"
+        )
+    tokens_S = np.array([tokenizer.bos, *(token for block in blocks for token in block.tokens)], dtype=np.int64)
+    roles_S = np.array([START, *(role for block in blocks for role in block.roles)], dtype=np.uint8)
+    if not ((roles_S & (TEXT_TARGET | VISUAL_TARGET)) > 0)[tokens_S != tokenizer.eos].any():
+        raise DataError(f"nothing to learn: {raw.key} has no target within {room + 1} tokens")
     return Sample(
         key=raw.key,
-        tokens_S=np.array(tokens, dtype=np.int64),
-        roles_S=np.array(roles, dtype=np.uint8),
-        pictures=[
-            read_features(raw, name, config)
-            if name.endswith(f".{EXTENSION}")
-            else decode_image(raw.files[name], config.model.encoder.image_size)
-            for (name,) in pictures
-        ],
-        queries=[queries] * len(pictures),
+        tokens_S=tokens_S,
+        roles_S=roles_S,
+        visuals=[_visual(raw, block.show, block.frames, config) for block in blocks if block.show is not None],
+        queries=[queries for block in blocks for queries in block.queries],
     )
 
 
@@ -98,85 +95,81 @@ def reason_of(error: DataError) -> str:
     return str(error).partition(": ")[0]
 
 
-def split_document(parts: Iterable[Part], max_words: int, max_pictures: int = 8) -> list[list[Part]]:
-    """Cuts a long interleaved document into sub-documents, keeping every word and picture and their order.
-
-    Each holds at most max_words words and max_pictures pictures (8, as the paper takes from MMC4). A Chinese or
-    Japanese character counts as a word, so that texts without spaces are cut as well.
-    Raises ValueError for limits below 1.
-    """
-    if max_words < 1 or max_pictures < 1:
-        raise ValueError(f"max_words and max_pictures must be at least 1, got {max_words} and {max_pictures}")
-    documents: list[list[Part]] = [[]]
-    words = pictures = 0
-    for part in parts:
-        if isinstance(part, bytes):
-            if pictures == max_pictures:
-                documents.append([])
-                words = pictures = 0
-            documents[-1].append(part)
-            pictures += 1
-            continue
-        units = _WORD.findall(part.strip())
-        while units:
-            if words == max_words:
-                documents.append([])
-                words = pictures = 0
-            room = max_words - words
-            taken, units = units[:room], units[room:]
-            documents[-1].append("".join(taken).rstrip())
-            words += len(taken)
-    return [document for document in documents if document]
+def frame_indices(total: int, wanted: int) -> tuple[int, ...]:
+    """Frames evenly spread over a video, one in the middle of each of `wanted` equal parts; all of them if there are
+    no more. As the authors' demo takes them."""
+    if total <= wanted:
+        return tuple(range(total))
+    part = total // wanted
+    return tuple(range(part // 2, total, part))[:wanted]
 
 
-_CJK = r"\u3040-\u30ff\u3400-\u9fff"
-_WORD = re.compile(rf"[{_CJK}]\s*|[^\s{_CJK}]+\s*")  # with the space after it: joined, words are the text again
+def _block(raw: RawSample, piece: Piece, tokenizer: Tokenizer, config: Config, frames: int) -> _Block:
+    match piece:
+        case Text(text, target):
+            ids = tokenizer.encode(text)
+            return _Block(ids, [TEXT_TARGET * target] * len(ids))
+        case Token("</s>", target):
+            return _Block([tokenizer.eos], [TEXT_TARGET * target])
+        case Token(name, target):
+            if name not in tokenizer.ids:
+                raise DataError(f"vocabulary has no {name}: {raw.key} needs Emu2-Chat's (model.preset=emu2_chat_37b)")
+            return _Block([tokenizer.ids[name]], [TEXT_TARGET * target])
+        case Show():
+            return _shown(raw, piece, tokenizer, config, frames)
 
 
-def _image_first(config: Config, epoch: int, index: int) -> bool:
-    # The 1 keeps this stream apart from the permutation's in data/loader.py.
-    generator = np.random.default_rng([config.training.seed, 1, epoch, index])
-    return bool(generator.random() < config.data.image_first_probability)
+def _shown(raw: RawSample, piece: Show, tokenizer: Tokenizer, config: Config, frames: int) -> _Block:
+    marker = TEXT_TARGET * (piece.markers and config.data.supervise_image_markers)
+    role = VISUAL | VISUAL_TARGET * piece.regressed
+    if not piece.video:
+        queries = config.model.image_queries
+        tokens = [tokenizer.image_begin, *[tokenizer.image] * queries, tokenizer.image_end]
+        return _Block(tokens, [marker, *[role] * queries, marker], piece, (queries,))
+    queries, name = config.model.frame_queries, str(piece.what)
+    indices = frame_indices(probe.video(name, raw.files[name]), frames)
+    tokens = [tokenizer.image_begin, *[tokenizer.frame] * queries, tokenizer.image_end] * len(indices)
+    roles = [marker, *[role] * queries, marker] * len(indices)
+    video = tokenizer.ids["[VIDEO]"]
+    return _Block([video, *tokens], [marker, *roles], piece, (queries,) * len(indices), indices)
 
 
-class _Member(NamedTuple):
-    """A picture of a sample, by its name in it."""
-
-    name: str
-
-
-def _parts(raw: RawSample, image_first: bool) -> list[str | _Member]:
-    kind = raw.meta.get("kind")
-    if kind == "caption":
-        text, picture = _text(raw, raw.meta), _picture(raw, raw.meta)
-        return [picture, text] if image_first else [text, picture]
-    if kind == "interleaved":
-        content = raw.meta.get("content")
-        if not isinstance(content, list):
-            raise _malformed(raw, "an interleaved sample needs a list `content`")
-        return [_part(raw, item) for item in content]
-    raise _malformed(raw, f"kind is {kind!r}, known are 'caption' and 'interleaved'")
+def _visual(raw: RawSample, piece: Show, frames: tuple[int, ...], config: Config) -> Visual:
+    """What a piece shows. Only what is kept of a sample is looked at."""
+    if isinstance(piece.what, BoxPicture):
+        return piece.what
+    name, data = piece.what, raw.files[piece.what]
+    if piece.video:
+        return EncodedVideo(data, frames)
+    if name.endswith(f".{EXTENSION}"):
+        return read_features(raw, name, config)
+    size = probe.picture(name, data)
+    if piece.size is not None and piece.size != size:
+        raise malformed(raw, f"`width` and `height` are {piece.size}, {name} is {size}: boxes would be misplaced")
+    return EncodedPicture(data)
 
 
-def _part(raw: RawSample, item: object) -> str | _Member:
-    if isinstance(item, dict) and ("text" in item) != ("image" in item):
-        return _text(raw, item) if "text" in item else _picture(raw, item)
-    raise _malformed(raw, 'every item of `content` is {"text": ...} or {"image": ...}')
+def _window(blocks: Sequence[_Block], room: int, pictures: int, draw: np.random.Generator) -> list[_Block]:
+    """All of a document if it fits, else a part that begins at random, among the places from which on it fills the
+    window, or the first from which on it fits."""
+    tokens_left = np.cumsum([len(block.tokens) for block in reversed(blocks)])[::-1]
+    pictures_left = np.cumsum([len(block.queries) for block in reversed(blocks)])[::-1]
+    fits = (tokens_left <= room) & (pictures_left <= pictures)
+    last = max(0, min(int(np.argmax(fits)), len(blocks) - 2))  # the very last block is `</s>`
+    start = 0 if fits[0] else int(draw.integers(last + 1))
+    return _cut(blocks[start:], room, pictures)
 
 
-def _text(raw: RawSample, item: dict[str, object]) -> str:
-    text = item.get("text")
-    if not isinstance(text, str) or not text.strip():
-        raise _malformed(raw, "`text` is missing, empty or not a string")
-    return text
-
-
-def _picture(raw: RawSample, item: dict[str, object]) -> _Member:
-    name = item.get("image")
-    if not isinstance(name, str) or name not in raw.files:
-        raise _malformed(raw, f"`image` is {name!r}, its pictures are {sorted(raw.files)}")
-    return _Member(name)
-
-
-def _malformed(raw: RawSample, detail: str) -> DataError:
-    return DataError(f"sample does not follow the format: {raw.key}: {detail}")
+def _cut(blocks: Sequence[_Block], room: int, pictures: int | None = None) -> list[_Block]:
+    """The blocks that fit: a text is cut, a picture or video that does not fit whole is left out, both with all that
+    follows."""
+    kept: list[_Block] = []
+    for block in blocks:
+        shown = sum(len(b.queries) for b in kept) + len(block.queries)
+        if len(block.tokens) > room or (pictures is not None and shown > pictures):
+            if block.show is None:
+                kept.append(_Block(block.tokens[:room], block.roles[:room]))
+            break
+        kept.append(block)
+        room -= len(block.tokens)
+    return kept

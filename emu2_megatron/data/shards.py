@@ -2,45 +2,47 @@
 
 The members of one sample are adjacent in the tar and share a key (a name without dots):
 
-    dog_17.json     what the sample says (UTF-8)
-    dog_17.0.jpg    its pictures, as they came: .jpg, .jpeg, .png or .webp
-    dog_17.1.png
+    dog_17.json     what the sample says (UTF-8): an object, whose `kind` says what else is in it
+    dog_17.0.jpg    its pictures and videos, as they came
+    dog_17.1.mp4
 
-(`emu2 embed` puts what the encoder makes of a picture in its place: .safetensors, see `data/features.py`.)
+docs/data-format.md shows the JSON of every kind. (`emu2 embed` puts what the encoder makes of a picture in its place:
+.safetensors, see `data/features.py`.)
 
-The JSON is one of
+Beside `shard.tar` lies `shard.tar.index.npy`, which says where its samples are (`data/index_file.py`); a tar without
+one, or with one that does not fit, is scanned.
 
-    {"kind": "caption", "text": "A dog.", "image": "0.jpg"}
-    {"kind": "interleaved", "content": [{"text": "First, a dog."}, {"image": "0.jpg"}, {"text": "Then ..."}]}
-
-where a picture is called by its member's name without the key; `content` is in reading order. Other fields (licence,
-author, source) may be present and are ignored.
-
-The index keeps 20 bytes a sample: where its run of members begins and ends. A sample is then one read and is parsed in
-memory; nothing is ever extracted to disk. Shards that break the rules above are refused when they are indexed; what is
-*inside* the members is only looked at when the sample is read.
+A sample is one read and is parsed in memory; nothing is ever extracted to disk. A tar that breaks the rules above is
+refused when it is scanned, or, with an index, when the sample is read; what is *inside* the members is not looked at.
 """
 
 import io
 import json
 import os
 import tarfile
-from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import lru_cache
 from glob import glob
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from emu2_megatron.data.index_file import count_samples, index_bytes, index_path, load_spans
 from emu2_megatron.errors import DataError
 
-PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "safetensors")
-"""Members that are pictures, or features of them; a sample's only other member is its json."""
+PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif")
+VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi")
+MEMBER_EXTENSIONS = (*PICTURE_EXTENSIONS, *VIDEO_EXTENSIONS, "safetensors")
+"""What a sample's members end with, besides its json: pictures, videos, features of pictures."""
 
 UNREADABLE = "shard cannot be read"
 """Reason of an error that lies with the disk, not with the sample."""
 
 _BLOCK = 512  # every tar header and member is padded to this many bytes
+_BROKEN = (OSError, EOFError, ValueError, OverflowError, RecursionError, tarfile.TarError)  # what tarfile raises
 
 
 @dataclass
@@ -56,81 +58,113 @@ class RawSample:
 
 
 def write_shard(path: str | Path, samples: Iterable[RawSample]) -> int:
-    """Writes samples to a tar shard and returns how many; equal samples give equal bytes.
+    """Writes samples to a tar shard with its index and returns how many; equal samples give equal bytes.
 
     The shard appears under its name only when it is complete (a temporary file beside it is renamed).
     Raises DataError for a key or a member name that `ShardIndex` would refuse, or a key used twice.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary, index = path.with_name(path.name + ".tmp"), index_path(path)
     keys: set[str] = set()
+    spans: list[tuple[int, int]] = []
     try:
-        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as tar:
-            for sample in samples:
-                if sample.key in keys:
-                    raise DataError(f"{path}: two samples have the key {sample.key}")
-                keys.add(sample.key)
-                text = json.dumps(sample.meta, ensure_ascii=False, sort_keys=True)
-                for name, data in {"json": text.encode(), **sample.files}.items():
-                    member = tarfile.TarInfo(f"{sample.key}.{name}")  # time, owner and mode are constants
-                    if _split(member.name, str(path)) != (sample.key, name):
-                        raise DataError(f"{path}: {sample.key!r} is no key for a sample: it must not contain dots")
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+        with open(temporary, "wb") as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+                for sample in samples:
+                    if sample.key in keys:
+                        raise DataError(f"{path}: two samples have the key {sample.key}")
+                    keys.add(sample.key)
+                    start = tar.offset
+                    text = json.dumps(sample.meta, ensure_ascii=False, sort_keys=True)
+                    for name, data in {"json": text.encode(), **sample.files}.items():
+                        member = tarfile.TarInfo(f"{sample.key}.{name}")  # time, owner and mode are constants
+                        if _split(member.name, str(path)) != (sample.key, name):
+                            raise DataError(f"{path}: {sample.key!r} is no key for a sample: it must not contain dots")
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+                    spans.append((start, tar.offset))
+            file.flush()
+            os.fsync(file.fileno())  # what has its name is whole, also after the machine has lost power
+            size = file.tell()
+        index.unlink(missing_ok=True)  # the old one's: never beside the new tar
         os.replace(temporary, path)
+        with open(temporary, "wb") as file:
+            file.write(index_bytes(size, spans))
+        os.replace(temporary, index)
     finally:
         temporary.unlink(missing_ok=True)
-    return len(keys)
+    return len(spans)
 
 
 class ShardIndex:
     """All samples of a set of shards, in a fixed order: shards by path, samples as they lie in the shard.
 
     `patterns` are paths or glob patterns (`**` crosses folders); a shard that several of them match counts once.
+    Kept in memory is one number a shard. Where its samples lie is read from its index file when one of them is asked
+    for, and a limited number of shards is remembered; only of shards without a fitting index file are 16 bytes a sample
+    kept. Reading is safe from several threads.
+
     Raises DataError if a pattern matches nothing, if a shard cannot be read, is cut off or breaks the format (the
-    message names shard and member), or if there is no sample at all (unless `may_be_empty`). Reading is safe from
-    several threads.
+    message names shard and member), or if there is no sample at all (unless `may_be_empty`).
     """
 
     def __init__(self, patterns: Sequence[str], may_be_empty: bool = False) -> None:
         self.paths = shard_paths(patterns)
-        self._shards = array("i")
-        self._starts = array("q")
-        self._stops = array("q")
-        for number, path in enumerate(self.paths):
-            for start, stop in _scan(path):
-                self._shards.append(number)
-                self._starts.append(start)
-                self._stops.append(stop)
-        if not self._starts and not may_be_empty:
+        with ThreadPoolExecutor(16) as pool:  # many small reads, slow one by one on a network's file system
+            opened = list(pool.map(_open, self.paths))
+        self._versions = np.array([version for version, _, _ in opened], dtype=np.int64).reshape(-1, 2)
+        self._scanned = {number: spans for number, (_, _, spans) in enumerate(opened) if spans is not None}
+        self._firsts = np.cumsum([0, *(count for _, count, _ in opened)])
+        """int64 [shards + 1]: the number of each shard's first sample."""
+        if not len(self) and not may_be_empty:
             raise DataError(f"no samples in {', '.join(self.paths) or 'data.shards, which is empty'}; {_ADVICE}")
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return int(self._firsts[-1])
 
     def locate(self, i: int) -> tuple[str, int]:
-        """Shard of sample i and the byte in it at which the sample begins."""
-        return self.paths[self._shards[i]], self._starts[i]
+        """Shard of sample i and the byte in it at which the sample begins, -1 if the shard cannot be read any more."""
+        try:
+            path, start, _ = self._span(i)
+        except DataError:
+            path, start = self.paths[self._shard(i)], -1
+        return path, start
 
     def read(self, i: int) -> RawSample:
         """Reads sample i, 0 <= i < len. Raises DataError if it cannot be read or its JSON is missing or broken."""
-        path, start = self.locate(i)
-        size = self._stops[i] - start
+        path, start, stop = self._span(i)
         try:
             with open(path, "rb") as shard:
-                data = os.pread(shard.fileno(), size, start)
+                data = os.pread(shard.fileno(), stop - start, start)
             with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-                members = [(member.name, tar.extractfile(member)) for member in tar if member.isreg()]
-                contents = [(*_split(name, path), file.read()) for name, file in members if file is not None]
-        except (OSError, tarfile.TarError) as error:
+                members = list(_members(tar, path))
+                files = {name: (tar.extractfile(member) or io.BytesIO()).read() for member, _, name in members}
+            end = max(_end(member) for member, _, _ in members)
+        except (*_BROKEN, DataError) as error:
             raise DataError(f"{UNREADABLE}: {error}") from error
-        if len(data) != size or len({key for key, _, _ in contents}) != 1:
+        keys = {key for _, key, _ in members}
+        if end != stop - start or len(keys) != 1 or len(files) != len(members):
             raise DataError(f"{UNREADABLE}: {path} has changed since it was indexed")
-        key = contents[0][0]
-        files = {name: content for _, name, content in contents}
+        key = keys.pop()
         if "json" not in files:
             raise DataError(f"sample has no JSON: {key} has only {', '.join(files)}")
         return RawSample(key, _parse(files.pop("json"), key), files)
+
+    def _shard(self, i: int) -> int:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of {len(self)}")
+        return int(np.searchsorted(self._firsts, i, side="right")) - 1
+
+    def _span(self, i: int) -> tuple[str, int, int]:
+        """Path of sample i's shard, and where its members begin and end."""
+        number = self._shard(i)
+        path, first = self.paths[number], int(self._firsts[number])
+        spans = self._scanned.get(number)
+        if spans is None:
+            size, written = self._versions[number].tolist()
+            spans = _spans(path, (size, written), int(self._firsts[number + 1]) - first)
+        start, stop = spans[i - first]
+        return path, int(start), int(stop)
 
 
 _ADVICE = "make shards with `python tools/make_shards.py --input DIR --output DIR`"
@@ -148,8 +182,41 @@ def shard_paths(patterns: Sequence[str]) -> list[str]:
     return sorted(paths)
 
 
-def _scan(path: str) -> list[tuple[int, int]]:
-    """[start, stop) of each sample's run of tar members, reading headers only."""
+_Version = tuple[int, int]
+"""Size of a tar in bytes and when it was written: another version of it has another."""
+
+
+def _open(path: str) -> tuple[_Version, int, np.ndarray | None]:
+    """Version of a shard, its number of samples, and their spans if no index file says them."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path}: not a readable uncompressed tar shard: {error}") from error
+    version = (found.st_size, found.st_mtime_ns)
+    count = count_samples(path, found.st_size)
+    if count is not None:
+        return version, count, None
+    spans = scan(path)
+    return version, len(spans), spans
+
+
+@lru_cache(maxsize=1024)
+def _spans(path: str, version: _Version, count: int) -> np.ndarray:
+    """int64 [count, 2] spans of a shard that had an index file; scans it if the file turns out to be wrong."""
+    spans = load_spans(path, version[0])
+    if spans is None or len(spans) != count:
+        try:
+            spans = scan(path)
+        except DataError as error:
+            raise DataError(f"{UNREADABLE}: {error}") from error
+    if len(spans) != count:
+        raise DataError(f"{UNREADABLE}: {index_path(path)} is not of this shard; delete it and start again")
+    return spans
+
+
+def scan(path: str) -> np.ndarray:
+    """int64 [samples, 2]: [start, stop) of each sample's run of tar members, reading all headers. DataError if the
+    shard breaks the rules."""
     spans: list[tuple[int, int]] = []
     keys: set[str] = set()
     names: set[str] = set()
@@ -157,13 +224,8 @@ def _scan(path: str) -> list[tuple[int, int]]:
     end = 0
     try:
         with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                start, end = member.offset, member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-                key, name = _split(member.name, path, directory=member.isdir())
-                if member.isdir():
-                    continue
-                if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
-                    raise DataError(f"{path}: {member.name} is not a plain file (links and devices are refused)")
+            for member, key, name in _members(tar, path):
+                start, end = member.offset, _end(member)
                 if key != last_key:
                     if key in keys:
                         raise DataError(f"{path}: {member.name}: the members of sample {key} do not lie side by side")
@@ -175,14 +237,31 @@ def _scan(path: str) -> list[tuple[int, int]]:
                 names.add(name)
                 last_key = key
                 spans[-1] = (spans[-1][0], end)
+            end = max(end, *(_end(member) for member in tar.getmembers()), 0)  # the last may be a folder
         with open(path, "rb") as shard:
             trailer = os.pread(shard.fileno(), _BLOCK, end)
-    except (OSError, tarfile.TarError) as error:
+    except _BROKEN as error:
         raise DataError(f"{path}: not a readable uncompressed tar shard: {error}") from error
     # tarfile takes a damaged header for the end of the archive; the real end is a block of zeros.
     if trailer != bytes(_BLOCK):
         raise DataError(f"{path}: cut off or damaged after byte {end}: no end-of-archive mark there; write it again")
-    return spans
+    return np.array(spans, dtype=np.int64).reshape(-1, 2)
+
+
+def _members(tar: tarfile.TarFile, path: str) -> Iterator[tuple[tarfile.TarInfo, str, str]]:
+    """The files of a tar, each with its sample's key and its name in it; refuses what no shard of ours may contain."""
+    for member in tar:
+        key, name = _split(member.name, path, directory=member.isdir())
+        if member.isdir():
+            continue
+        if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
+            raise DataError(f"{path}: {member.name} is not a plain file (links and devices are refused)")
+        yield member, key, name
+
+
+def _end(member: tarfile.TarInfo) -> int:
+    """Where the next member of the tar begins."""
+    return member.offset_data + -(-member.size // _BLOCK) * _BLOCK
 
 
 def _split(member: str, path: str, directory: bool = False) -> tuple[str, str]:
@@ -194,9 +273,9 @@ def _split(member: str, path: str, directory: bool = False) -> tuple[str, str]:
         raise DataError(f"{path}: member {member} points outside the shard")
     if directory:
         return "", ""
-    if not stem or (name != "json" and name.rpartition(".")[2].lower() not in PICTURE_EXTENSIONS):
-        allowed = ", ".join(f".{extension}" for extension in ("json", *PICTURE_EXTENSIONS))
-        raise DataError(f"{path}: member {member} is neither KEY.json nor a picture KEY.NAME ({allowed})")
+    if not stem or (name != "json" and name.rpartition(".")[2].lower() not in MEMBER_EXTENSIONS):
+        allowed = ", ".join(f".{extension}" for extension in ("json", *MEMBER_EXTENSIONS))
+        raise DataError(f"{path}: member {member} is neither KEY.json nor a picture or video KEY.NAME ({allowed})")
     return (f"{folder}/{stem}" if folder else stem), name
 
 

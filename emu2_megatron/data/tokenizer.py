@@ -54,6 +54,15 @@ class Tokenizer:
         ids: list[int] = self._model.encode(text)
         return ids
 
+    def piece(self, token: int) -> str:
+        """A token as the vocabulary has it: a piece ("▁dog", "<0xE4>") or the name of an added token.
+
+        Raises DataError for an id outside the vocabulary.
+        """
+        if not 0 <= token < self.vocab_size:
+            raise DataError(f"token id {token} is outside the vocabulary of {self.vocab_size}")
+        return self._names.get(token) or str(self._model.id_to_piece(token))
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids. Added tokens appear by name, `<s>` and `</s>` not at all. As in `encode`, each run of
         pieces between them is a segment of its own: no space is put around an added token.

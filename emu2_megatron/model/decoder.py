@@ -43,6 +43,8 @@ class MicroBatch:
     """Who predicts what."""
     features_RE: Tensor
     """[R, E] visual embeddings in (b, s) order of their tokens; empty on parts between the first and the last."""
+    cu_seqlens: Tensor | None = None
+    """Which tokens are one sample (`data/batch.cu_seqlens`): attention stays within it. None: within each sequence."""
 
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
@@ -126,8 +128,12 @@ class DecoderStage(MegatronModule):
         part_layers: list[int],
         part: int = 0,
         fp8_config: Fp8Config | None = None,
+        attend_across_samples: bool = False,
     ) -> None:
-        """Part `part` of the pipeline; see `parallel/layout.py` for parts, virtual ones included."""
+        """Part `part` of the pipeline; see `parallel/layout.py` for parts, virtual ones included.
+
+        With `attend_across_samples` no micro-batch has `cu_seqlens`.
+        """
         super().__init__(config=config)
         fp8_config = fp8_config or Fp8Config()
         pre_process, post_process = part == 0, part == len(part_layers) - 1
@@ -153,7 +159,7 @@ class DecoderStage(MegatronModule):
         )
         self.decoder = TransformerBlock(
             config,
-            block_submodules(part_layers[part], fp8_config.emulate),
+            block_submodules(part_layers[part], fp8_config.emulate, attend_across_samples),
             pre_process=pre_process,
             post_process=post_process,
             vp_stage=self.vp_stage,
@@ -192,8 +198,11 @@ class DecoderStage(MegatronModule):
         if self.delayed_scaling:
             scaling = self.delayed_scaling.micro_batch(self.decoder.input_tensor if hidden_SBD is None else hidden_SBD)
         with scaling:
+            # Positions count through a sequence, whatever samples are in it: rotary embeddings make attention depend on
+            # distances alone. cu_seqlens takes the place of a mask: that is what megatron-core hands from layer to
+            # layer and, for recomputation, keeps with its micro-batch.
             hidden: Tensor = self.decoder(
-                hidden_states=hidden_SBD, attention_mask=None, rotary_pos_emb=self.rotary(length)
+                hidden_states=hidden_SBD, attention_mask=batch.cu_seqlens, rotary_pos_emb=self.rotary(length)
             )
         return hidden
 

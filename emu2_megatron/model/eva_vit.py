@@ -142,3 +142,24 @@ def pool(hidden_IPE: Tensor, queries: int) -> Tensor:
     grid_IEHW = hidden_IPE[:, 1:].transpose(1, 2).reshape(I, E, side, side)
     pooled_IQE: Tensor = F.avg_pool2d(grid_IEHW, side // isqrt(queries)).flatten(2).transpose(1, 2)
     return pooled_IQE.contiguous()
+
+
+def resize_positions(table_1PE: Tensor, patches: int) -> Tensor:
+    """The position table for pictures of another size, as EVA-CLIP makes it: [1, 1 + n², E] to [1, 1 + patches, E].
+
+    The row of CLS is kept. The others are n x n points of a picture with E channels, resized to sqrt(patches) a side:
+    bicubic, half-pixel centres, not anti-aliased, computed in fp32 and returned in the dtype of the table. A table that
+    has this size already is returned as it is.
+
+    Args:
+        table_1PE: the table; n² must be a square.
+        patches: a square.
+    """
+    _, P, E = table_1PE.shape
+    if P == 1 + patches:
+        return table_1PE
+    side, wanted = isqrt(P - 1), isqrt(patches)
+    grid_1EHW = table_1PE[:, 1:].float().transpose(1, 2).reshape(1, E, side, side)
+    resized_1EHW = F.interpolate(grid_1EHW, size=(wanted, wanted), mode="bicubic", align_corners=False)
+    rows_1PE = resized_1EHW.flatten(2).transpose(1, 2).to(table_1PE.dtype)
+    return torch.cat([table_1PE[:, :1], rows_1PE], dim=1)

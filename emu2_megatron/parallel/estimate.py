@@ -198,6 +198,7 @@ def _parts(work: Work, rate: float, links: _Links) -> tuple[list[tuple[float, fl
     element = SIZES[config.training.precision].weight
     layers = layout.part_layers(config)
 
+    half_scores = batch * 2 * length * length * D / (tp * cp)
     layer = batch * flops.layer_forward(model, length) / (tp * cp)
     # An all-gather and a reduce-scatter around attention and around the MLP; all-reduces without sequence parallelism
     # are the same bytes. Backward does the same again. With sequence parallelism it also gathers the inputs of both
@@ -206,11 +207,16 @@ def _parts(work: Work, rate: float, links: _Links) -> tuple[list[tuple[float, fl
     tensor = 4 * (tp - 1) / tp * work.tokens * D * element
     gathered_again = tensor / 2 if parallel.sequence_parallel else 0.0
     # Keys and values go round the ring of Transformer Engine's context parallelism; backward again, with their
-    # gradients.
+    # gradients. Where samples are kept apart they are gathered instead, with no need to come again backward, but under
+    # a mask, which spares no half of the scores.
     context = 2 * (cp - 1) * work.tokens * D / tp * element
+    back = 2 if work.engine_attention else 1
+    if cp > 1 and not work.engine_attention:
+        layer += half_scores
+        half_scores *= 2
     exchange = tensor / links.tensor + context / links.context
-    exchange_back = tensor / links.tensor + 2 * context / links.context
-    scores = batch * 2 * length * length * D / (tp * cp) if config.training.recompute == "attention" else 0.0
+    exchange_back = tensor / links.tensor + back * context / links.context
+    scores = half_scores if config.training.recompute == "attention" else 0.0
     seconds = []
     for part, count in enumerate(layers):
         ends = 0.0
@@ -227,7 +233,7 @@ def _parts(work: Work, rate: float, links: _Links) -> tuple[list[tuple[float, fl
     return (
         seconds,
         [(2 * n + again) * tensor + n * gathered_again for n, again in counts],
-        [(3 * n + again) * context for n, again in counts],
+        [((1 + back) * n + again) * context for n, again in counts],
     )
 
 

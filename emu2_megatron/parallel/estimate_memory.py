@@ -66,6 +66,11 @@ class Work:
     """Whether pictures come as features, so that the encoder only lies in memory."""
 
     @property
+    def engine_attention(self) -> bool:
+        """Whether attention is Transformer Engine's: it is where no samples are to be kept apart."""
+        return self.transformer_engine and self.config.data.attend_across_samples
+
+    @property
     def sequences(self) -> int:
         """Of a replica in a step."""
         return self.config.training.global_batch_size // self.data_parallel_size
@@ -79,6 +84,16 @@ class Work:
     def replica_size(self) -> int:
         """Ranks of a replica."""
         return replica_size(self.config)
+
+    @property
+    def shards(self) -> int:
+        """Ranks that sum the decoder's gradients and share its optimizer's state; all of them do for the encoder's."""
+        return self.data_parallel_size * self.config.parallel.context_parallel_size
+
+    @property
+    def world_size(self) -> int:
+        """Ranks."""
+        return self.data_parallel_size * self.replica_size
 
     @property
     def pictures(self) -> int:
@@ -135,15 +150,12 @@ def part_numbers(config: Config, layers: list[int], part: int) -> list[int]:
 
 def _stage_memory(work: Work, stage: int) -> Memory:
     config, size = work.config, SIZES[work.config.training.precision]
-    parallel = config.parallel
-    layers, parts = layout.part_layers(config), layout.parts_of(config, stage)
-    shards = work.data_parallel_size * parallel.context_parallel_size
-    world = work.data_parallel_size * work.replica_size
-    buffers = [(_buffer(tuple(part_numbers(config, layers, part)), shards), shards) for part in parts]
+    layers = layout.part_layers(config)
+    buffers = [(numbers, work.shards) for numbers in _part_buffers(work, layers, stage)]
     encoder = encoder_numbers(config.model)
     frozen = 0 if config.training.train_encoder else sum(encoder)
     if not frozen:
-        buffers.append((_buffer(encoder, world), world))
+        buffers.append((_buffer(encoder, work.world_size), work.world_size))
     trained = sum(numbers for numbers, _ in buffers)
     return Memory(
         weights=(trained + frozen) * size.weight,
@@ -163,6 +175,18 @@ def _buffer(numbers: tuple[int, ...], shards: int) -> int:
         end = -(-end // 64) * 64 + n
     unit = math.lcm(shards, 128)
     return -(-end // unit) * unit
+
+
+def _part_buffers(work: Work, layers: list[int], stage: int) -> list[int]:
+    """Elements of the buffer of each part of the decoder on a stage."""
+    parts = layout.parts_of(work.config, stage)
+    return [_buffer(tuple(part_numbers(work.config, layers, part)), work.shards) for part in parts]
+
+
+def _summing(work: Work, buffer: int, ranks: int) -> int:
+    """Alive while the gradients of a buffer are summed over ranks: gloo, which is what a CPU has, makes a copy of the
+    whole buffer (and so it does to gather the weights), nccl works in place."""
+    return 0 if work.transformer_engine or ranks == 1 else buffer * SIZES[work.config.training.precision].gradient
 
 
 def _activations(work: Work, layers: list[int], stage: int) -> int:
@@ -227,21 +251,24 @@ def _encoder_backward(work: Work) -> int:
     chunk = _chunk(work)
     widest = chunk * patches(work.config.model) * (2 * e.ffn_hidden_size + e.hidden_size) * element
     gradient = e.ffn_hidden_size * e.hidden_size * element
-    return (_kept(work) or chunk * (encoder_saved(work.config) + _picture(work))) + widest + gradient
+    backward = (_kept(work) or chunk * (encoder_saved(work.config) + _picture(work))) + widest + gradient
+    return max(backward, _summing(work, _buffer(encoder_numbers(work.config.model), work.world_size), work.world_size))
 
 
 # Phase 2: the decoder -------------------------------------------------------------------------------------------------
 
 
 def _decode(work: Work, layers: list[int], stage: int) -> int:
-    """Micro-batches in flight, and the widest moment of a backward pass."""
+    """Micro-batches in flight, and the widest moment of a backward pass; or the sum of their gradients."""
     parallel = work.config.parallel
     parts = layout.parts_of(work.config, stage)
     saved = [part_saved(work, layers, part) for part in parts]
     moments = schedule.in_flight(parallel.pipeline_parallel_size, len(parts), work.micro_batches, stage)
     alive = max(sum(n * bytes_ for n, bytes_ in zip(moment, saved, strict=True)) for moment in moments)
     last = parts[-1] == len(layers) - 1
-    return _kept(work) + alive + max(_layer_backward(work), _logits(work) if last else 0)
+    backward = alive + max(_layer_backward(work), _logits(work) if last else 0)
+    summing = max(_summing(work, buffer, work.shards) for buffer in _part_buffers(work, layers, stage))
+    return _kept(work) + max(backward, summing)
 
 
 def recomputed(config: Config, layers: int) -> int:
@@ -270,21 +297,35 @@ def _all_saved(work: Work, attention_again: bool) -> int:
     # Two norms, each with the linear layer's input behind it. PyTorch's keeps the fp32 copy it computes with.
     norm = 2 * element if work.transformer_engine else 4 + 2 * element
     norms = 2 * norm * work.hidden_tokens * D + 2 * 4 * work.hidden_tokens
-    # q and k after the rotary embedding, v, the output, in widths. v is a view of the fused q k v, which then stays
-    # whole, unless it is copied: Transformer Engine does, and so does gathering over context-parallel ranks.
-    if attention_again:
-        attention = 6.0
-    elif cp > 1 and not work.transformer_engine:
-        attention = 2.0 + 2 * cp
-    else:
-        attention = 4.0 if work.transformer_engine else 6.0
-    attention *= work.tokens * D // tp * element
+    attention = _attention_widths(work, attention_again) * work.tokens * D // tp * element
     softmax = 0 if attention_again else 4 * work.tokens * N // tp
-    mask = length * config.data.sequence_length * element if cp > 1 and not work.transformer_engine else 0
+    mask = 0
+    if cp > 1 and not attention_again and not work.engine_attention:
+        # As numbers of the model's precision; of every sequence its own if samples are apart.
+        masks = 1 if config.data.attend_across_samples else config.training.micro_batch_size
+        mask = masks * length * config.data.sequence_length * element
     rotary = 4 * element * (D // N) * length
     # Both halves of the first linear layer and the input of the second.
     mlp = 3 * work.tokens * d.ffn_hidden_size // tp * element
     return int(norms + attention + softmax + mask + rotary + mlp)
+
+
+def _attention_widths(work: Work, again: bool) -> float:
+    """What attention and what is around it save, in widths of a token: q and k after the rotary embedding, v, the
+    output. v is a view of the fused q k v, which then stays whole, unless it is copied. That is so on a GPU, under
+    context parallelism, where keys and values are gathered, and if samples are apart."""
+    config = work.config
+    cp, apart = config.parallel.context_parallel_size, not config.data.attend_across_samples
+    if again:
+        return 6.0
+    # PyTorch's attention returns sequence after sequence, while Transformer Engine's linear layer reads, and saves,
+    # position after position.
+    copied = apart and work.transformer_engine and config.training.micro_batch_size > 1
+    if cp > 1 and not work.engine_attention:
+        return 2.0 + 2 * cp + copied
+    if work.transformer_engine:
+        return 4.0 + copied
+    return 5.0 if apart else 6.0  # apart: the outputs of samples, and these joined
 
 
 def part_saved(work: Work, layers: list[int], part: int) -> int:

@@ -18,9 +18,9 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
 
 from emu2_megatron.config.schema import Config
-from emu2_megatron.data.batch import Targets, share, targets
+from emu2_megatron.data.batch import Targets, cu_seqlens, share, targets
 from emu2_megatron.data.decode import normalize
-from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL, VISUAL_TARGET, Features, PackedSequence
+from emu2_megatron.data.sequence import PADDING, TEXT_TARGET, VISUAL, VISUAL_TARGET, Features, PackedSequence
 from emu2_megatron.errors import FeaturesError
 from emu2_megatron.model.decoder import DecoderStage, MicroBatch
 from emu2_megatron.model.parameters import fingerprint
@@ -65,8 +65,8 @@ class StepOutput:
     image_loss: Tensor
     """fp32 scalar: mean squared error over all regressed elements of the global batch, 0 if there are none."""
     counts: Tensor
-    """int64 [5]: text targets, regressed embeddings, pictures, sequences of the global batch; and those of the
-    pictures that were encoded, not loaded as features."""
+    """int64 [6 + DP]: text targets, regressed embeddings, pictures, sequences of the global batch; those of the
+    pictures that were encoded, not loaded as features; padding tokens; and the pictures that each replica encoded."""
     moments: Tensor
     """fp64 [2 E + 1]: over the regressed embeddings v of this rank's sequences, sum v | sum v² | count."""
     seconds: dict[str, float]
@@ -183,11 +183,13 @@ class ThreePhaseStep:
         return to_device(torch.cat([no_rows, *(f.rows_QE for f in features)]))
 
     def _count(self, roles_NS: Tensor) -> Tensor:
-        """Targets, pictures and sequences of the global batch, known before the forward pass."""
+        """What the global batch has of everything (`StepOutput.counts`), known before the forward pass."""
         # Every rank of a replica knows all its roles.
-        roles = (TEXT_TARGET, VISUAL_TARGET, exchange.FIRST, exchange.STORED)
-        text, visual, pictures, stored = (int((roles_NS & role).bool().sum()) for role in roles)
-        mine = [text, visual, pictures, len(roles_NS), pictures - stored]
+        roles = (TEXT_TARGET, VISUAL_TARGET, exchange.FIRST, exchange.STORED, PADDING)
+        text, visual, pictures, stored, padding = (int((roles_NS & role).bool().sum()) for role in roles)
+        encoded = pictures - stored
+        by_replica = [encoded if replica == self.here.dp_rank else 0 for replica in range(self.here.dp_size)]
+        mine = [text, visual, pictures, len(roles_NS), encoded, padding, *by_replica]
         counts = torch.tensor(mine, device=device()) * (self.here.replica_rank == 0)
         dist.all_reduce(counts, group=topology.world_group())
         return counts
@@ -253,7 +255,8 @@ class ThreePhaseStep:
             features_RE = gathered_RE[index_R if stage.pre_process or stage.post_process else index_R[:0]]
             if grads_RE is not None and stage.pre_process:
                 features_RE.requires_grad_().register_hook(partial(_collect, grads_RE, index_R))
-            yield MicroBatch(tokens_BS, Targets(*indices), features_RE)
+            samples = None if self.config.data.attend_across_samples else cu_seqlens(roles_NS[chosen])
+            yield MicroBatch(tokens_BS, Targets(*indices), features_RE, None if samples is None else to_device(samples))
 
     def _decode(self, batches: list[Iterator[MicroBatch]], counts: Tensor, force_all_reduce: bool) -> Tensor:
         """The pipeline schedule. Returns fp32 [2] loss sums of the global batch: text, image."""

@@ -79,7 +79,8 @@ def build(config: Config, here: Topology, source: parameters.Source | None = Non
     layers, parts = layout.part_layers(config), layout.parts_of(config, here.pp_rank)
     first_layers = [layout.first_layer(layers, part) for part in parts]
     core_config = transformer_config(config, layers)
-    stages = [DecoderStage(core_config, config.model, layers, part, config.fp8).to(device()) for part in parts]
+    across = config.data.attend_across_samples
+    stages = [DecoderStage(core_config, config.model, layers, part, config.fp8, across).to(device()) for part in parts]
     for stage, first_layer in zip(stages, first_layers, strict=True):
         parameters.fill_decoder(stage, config.model, source, first_layer, here.tp_rank, here.tp_size)
     encoder = build_encoder(config, source)

@@ -22,12 +22,13 @@ _MEGATRON_RANGE = "megatron-core>={},<{}".format(*(".".join(map(str, bound)) for
 _SHARED_MEMORY_GIB = 1.0
 """NCCL and workers that load data pass buffers through /dev/shm; a container's default of 64 MiB is too small."""
 
-_REQUIRED = "numpy omegaconf pillow psutil pyyaml rich safetensors sentencepiece tensorboard".split()
+_REQUIRED = "av numpy omegaconf pillow psutil pyyaml rich safetensors sentencepiece tensorboard".split()
 """Distributions without which something in the package does not import, besides torch and megatron-core."""
 
 _EXTRAS = {
     "transformer_engine": ("te", "fused layers and FP8"),
     "nvidia.dali": ("dali", "faster decoding of pictures and clips"),
+    "pyarrow": ("parquet", "shards made of Parquet files"),
     "wandb": ("wandb", "logs in Weights & Biases"),
     "pytest": ("dev", "tests"),
 }

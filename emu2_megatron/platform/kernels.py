@@ -6,6 +6,8 @@ megatron-core, which would import it, so that `emu2 doctor` works where either i
 
 import importlib
 import importlib.util
+import inspect
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -28,9 +30,30 @@ def has_transformer_engine() -> bool:
     return torch.cuda.is_available() and _installed("transformer_engine", "pytorch")
 
 
+def has_varlen_attention(dtype: torch.dtype, width: int) -> bool:
+    """Whether torch has attention over sequences of different lengths in one kernel, for heads of this dtype and width:
+    FlashAttention's. (torch 2.10 had its first form, with other arguments.)"""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 0):
+        return False
+    return _has_varlen_attn() and dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and width <= 256
+
+
+@lru_cache
+def _has_varlen_attn() -> bool:
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return False
+    function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    return "window_size" in inspect.signature(function).parameters
+
+
 def has_apex() -> bool:
     """Whether NVIDIA's apex can be used (PyPI's package of that name is another one, without optimizers)."""
     return torch.cuda.is_available() and _installed("apex", "optimizers")
+
+
+def has_dali() -> bool:
+    """Whether pictures and videos are decoded by DALI; it runs on the CPU as well."""
+    return _installed("nvidia", "dali/experimental/dynamic")
 
 
 def require_fp8(fp8: Fp8Config) -> None:
@@ -55,7 +78,7 @@ def require_fp8(fp8: Fp8Config) -> None:
 
 
 def in_use() -> dict[str, str]:
-    """`{group: implementation}` for attention, norm, linear, fp8, optimizer and the fused ops."""
+    """`{group: implementation}` for attention, norm, linear, fp8, optimizer, the fused ops and decoding."""
     engine = has_transformer_engine()
     libraries = list(Path(emu2_megatron.__file__).parent.rglob("*.so"))
     adam = "torch.optim.AdamW"
@@ -63,13 +86,15 @@ def in_use() -> dict[str, str]:
         adam = "apex FusedAdam"
     if engine:  # megatron-core tries Transformer Engine first, then apex
         adam = "Transformer Engine FusedAdam"
+    place = "GPU" if torch.cuda.is_available() else "CPU"
     return {
-        "attention": "Transformer Engine" if engine else "PyTorch scaled_dot_product_attention",
+        "attention": "PyTorch" + (", Transformer Engine if data.attend_across_samples" if engine else ""),
         "norm": "Transformer Engine" if engine else "PyTorch",
         "linear": "Transformer Engine" if engine else "megatron-core's parallel linears",
         "fp8": "Transformer Engine, if fp8.recipe asks for it" if engine else "only emulated (fp8.emulate)",
         "optimizer": adam,
         "interleave and regression loss": "compiled (csrc)" if libraries else "PyTorch",
+        "pictures and videos": f"DALI on the {place}, else Pillow and PyAV" if has_dali() else "Pillow and PyAV",
     }
 
 

@@ -10,8 +10,6 @@ so, and is skipped for that.)
 import os
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from emu2_megatron.config.schema import Config
-from emu2_megatron.data.decode import decode_image, normalize
+from emu2_megatron.data.decode import decode, normalize
 from emu2_megatron.data.features import ENCODER, EXTENSION, to_bytes
+from emu2_megatron.data.probe import VIDEO_FORMATS, picture
 from emu2_megatron.data.samples import reason_of
 from emu2_megatron.data.shards import UNREADABLE, RawSample, ShardIndex, shard_paths, write_shard
+from emu2_megatron.data.visuals import EncodedPicture
 from emu2_megatron.errors import ConfigError, DataError, FeaturesError
 from emu2_megatron.model.eva_vit import EvaVisionTransformer
 from emu2_megatron.model.parameters import fingerprint
@@ -125,30 +125,51 @@ def _embedded(
         done["pictures"] += len(pixels)
         waiting.clear()
 
-    decode = partial(_decode, index, config.model.encoder.image_size)
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        for start in range(0, len(index), size):
-            for raw, pictures, reason in pool.map(decode, range(start, min(start + size, len(index)))):
-                waiting.append((raw, pictures))
-                done[f"samples left as they were: {reason}"] += pictures is None
-            yield from flush()
+    for start in range(0, len(index), size):
+        chunk = [_read(index, i) for i in range(start, min(start + size, len(index)))]
+        for raw, pictures, reason in _decoded(chunk, config.model.encoder.image_size):
+            waiting.append((raw, pictures))
+            done[f"samples left as they were: {reason}"] += pictures is None
+        yield from flush()
 
 
-def _decode(index: ShardIndex, size: int, i: int) -> tuple[RawSample, dict[str, torch.Tensor] | None, str]:
-    """A sample, its pictures by name, and why there are none if it stays as it is."""
+def _read(index: ShardIndex, i: int) -> tuple[RawSample, str]:
+    """A sample, and why it stays as it is, if that is known before its pictures are decoded."""
     try:
         raw = index.read(i)
     except DataError as error:
         if reason_of(error) == UNREADABLE:
             raise  # another try may read it: it must not be lost for good
         meta = {"kind": _UNUSABLE, "reason": str(error)}
-        return RawSample(f"{_UNUSABLE}_{i}", meta), None, reason_of(error)
-    if any(name.endswith(f".{EXTENSION}") for name in raw.files):
-        return raw, None, "has features already"
+        return RawSample(f"{_UNUSABLE}_{i}", meta), reason_of(error)
+    extensions = {name.rpartition(".")[2].lower() for name in raw.files}
+    if EXTENSION in extensions:
+        return raw, "has features already"
+    if extensions & VIDEO_FORMATS.keys():
+        return raw, "has a video"
     try:
-        return raw, {name: decode_image(data, size) for name, data in raw.files.items()}, ""
+        for name, data in raw.files.items():
+            picture(name, data)
     except DataError as error:
-        return raw, None, reason_of(error)
+        return raw, reason_of(error)
+    return raw, ""
+
+
+def _decoded(
+    chunk: list[tuple[RawSample, str]], size: int
+) -> Iterator[tuple[RawSample, dict[str, torch.Tensor] | None, str]]:
+    """Each sample, its pictures by name, and why there are none if it stays as it is; all are decoded together."""
+    pixels = iter(decode([EncodedPicture(data) for raw, no in chunk if not no for data in raw.files.values()], size))
+    for raw, reason in chunk:
+        if reason:
+            yield raw, None, reason
+            continue
+        results = {name: next(pixels) for name in raw.files}
+        errors = [result for result in results.values() if isinstance(result, DataError)]
+        if errors:
+            yield raw, None, reason_of(errors[0])
+        else:
+            yield raw, {name: result[0] for name, result in results.items() if isinstance(result, torch.Tensor)}, ""
 
 
 def _with_features(raw: RawSample, encoder: str, rows: dict[str, torch.Tensor]) -> RawSample:

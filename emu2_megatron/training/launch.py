@@ -126,6 +126,8 @@ def _launch(config: Config, processes: int) -> None:
     # A torch thread pool in every process would fight over the cores.
     threads = max(1, (os.cpu_count() or 1) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # glibc gives threads arenas of their own, in which what decoding frees stays for long: memory would creep up.
+    os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     arguments = ["--standalone", f"--nproc-per-node={processes}", "-m", "emu2_megatron.cli"]
     try:
         run.main([*arguments, "train", "--config", str(resolved)])

@@ -5,18 +5,17 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from emu2_megatron.checkpoint.save import save
 from emu2_megatron.config.loading import to_yaml
 from emu2_megatron.config.schema import Config
-from emu2_megatron.data.loader import Loader
+from emu2_megatron.data.loader import Loader, State, merged
 from emu2_megatron.data.tokenizer import tokenizer_for
 from emu2_megatron.parallel import topology, wrap
 from emu2_megatron.parallel.three_phase import Prepared
-from emu2_megatron.platform.device import device
 from emu2_megatron.training.launch import checkpoint_directory
 from emu2_megatron.training.meters import Meter, peak
 from emu2_megatron.training.step import train_step
@@ -37,9 +36,10 @@ def run(config: Config) -> None:
 def _train(config: Config) -> None:
     here = topology.initialize(config)
     tokenizer = tokenizer_for(config)
-    with Loader(config, tokenizer, here.slots(config.training.global_batch_size)) as loader:
+    folder = Path(config.logging.directory)
+    quarantine = folder / "quarantine" / f"rank_{here.rank:05d}.jsonl"
+    with Loader(config, tokenizer, here.slots(config.training.global_batch_size), quarantine=quarantine) as loader:
         engine = wrap.build(config, here)
-        folder = Path(config.logging.directory)
         writers = None
         if here.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def _steps(config: Config, engine: wrap.Engine, loader: Loader, writers: Writers
     if writers:
         writers.say(what_is_counted)
     meter = Meter(config, best)
-    for step, (batch, cursors, skipped) in enumerate(_batches(config, engine, loader), start=1):
+    for step, (batch, place, skipped) in enumerate(_batches(config, engine, loader), start=1):
         report = train_step(engine, config, batch, step - 1)
         meter.add(report)
         last = step == config.training.steps
@@ -74,14 +74,14 @@ def _steps(config: Config, engine: wrap.Engine, loader: Loader, writers: Writers
             if writers:
                 writers.write(record)
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            saved = str(save(checkpoint_directory(config), engine, step, _all_slots(config, cursors)))
+            saved = str(save(checkpoint_directory(config), engine, step, _of_all_ranks(place)))
     return saved
 
 
-def _batches(config: Config, engine: wrap.Engine, loader: Loader) -> Iterator[tuple[Prepared, dict[int, int], int]]:
+def _batches(config: Config, engine: wrap.Engine, loader: Loader) -> Iterator[tuple[Prepared, State, int]]:
     """The batch of every step, the place in the data after it, and the samples skipped until then; prepared one step
     ahead if the encoder runs ahead."""
-    ahead: deque[tuple[Prepared, dict[int, int], int]] = deque()
+    ahead: deque[tuple[Prepared, State, int]] = deque()
     for left in range(config.training.steps, 0, -1):
         while len(ahead) < min(left, 1 + config.training.encoder_prefetch):
             start = time.perf_counter()
@@ -93,11 +93,8 @@ def _batches(config: Config, engine: wrap.Engine, loader: Loader) -> Iterator[tu
         yield ahead.popleft()
 
 
-def _all_slots(config: Config, state: dict[int, int]) -> list[int]:
-    """Samples consumed by every slot of the global batch, given those of this rank's; called by all ranks together."""
-    cursors = torch.zeros(config.training.global_batch_size, dtype=torch.int64)
-    for slot, cursor in state.items():
-        cursors[slot] = cursor
-    cursors = cursors.to(device())
-    dist.all_reduce(cursors, group=topology.world_group())
-    return [int(cursor) for cursor in cursors]
+def _of_all_ranks(place: State) -> State:
+    """The place in the data of every slot of the global batch, given this rank's; called by all ranks together."""
+    places: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(places, place, group=topology.world_group())
+    return merged(places)

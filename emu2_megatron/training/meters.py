@@ -48,7 +48,12 @@ def peak(config: Config) -> tuple[float, str]:
 
 @dataclass
 class Meter:
-    """Collects the steps of one record. Losses of several steps are averaged over targets, not over steps."""
+    """Collects the steps of one record. Losses of several steps are averaged over targets, not over steps.
+
+    `padding_share` of a record: padding tokens per token. `encoder_balance`: what the replicas encoded, as a share of
+    what they could have while the busiest of each step did (1: all had equally many pictures, or nobody had any).
+    Within a replica pictures are shared out evenly, to within one.
+    """
 
     config: Config
     peak: float
@@ -56,17 +61,19 @@ class Meter:
     _started: float = field(default_factory=time.perf_counter)
     _steps: int = 0
     _sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
-    _counts: Tensor = field(default_factory=lambda: torch.zeros(5, dtype=torch.int64))
+    _counts: Tensor = field(default_factory=lambda: torch.zeros(6, dtype=torch.int64))
+    _could_encode: int = 0
     _moments: Tensor | float = 0.0
     _seconds: dict[str, float] = field(default_factory=dict)
 
     def add(self, report: StepReport) -> None:
         """Take in one step."""
         output = report.output
-        counts = output.counts.cpu()
+        counts, by_replica = output.counts.cpu().tensor_split([6])
         self._steps += 1
         self._sums += torch.tensor([report.text_loss, report.image_loss]).double() * counts[:2]
         self._counts += counts
+        self._could_encode += int(by_replica.max()) * len(by_replica)
         self._moments = self._moments + output.moments
         for phase, seconds in output.seconds.items():
             self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
@@ -86,7 +93,8 @@ class Meter:
         dist.all_reduce(shared, group=topology.world_group())
         elapsed = time.perf_counter() - self._started
         losses = self._sums / self._counts[:2].clamp(min=1)
-        regressed, pictures, sequences, encoded = (int(n) for n in self._counts[1:])
+        regressed, pictures, sequences, encoded, padding = (int(n) for n in self._counts[1:])
+        tokens = sequences * self.config.data.sequence_length
         done = flops.step_flops(self.config, sequences, pictures, encoded, regressed)
         achieved = done.total / elapsed / dist.get_world_size()
         return {
@@ -98,7 +106,9 @@ class Meter:
             "loss_scale": report.loss_scale,
             "skipped_updates": report.skipped_updates,
             **{f"lr_{part}": getattr(self.config.optimizer, f"{part}_lr") * report.lr_factor for part in PARTS},
-            "tokens_per_second": sequences * self.config.data.sequence_length / elapsed,
+            "padding_share": padding / tokens,
+            "encoder_balance": encoded / self._could_encode if encoded else 1.0,
+            "tokens_per_second": tokens / elapsed,
             "images_per_second": pictures / elapsed,
             "tflops_per_second": achieved / 1e12,
             "mfu": achieved / self.peak,

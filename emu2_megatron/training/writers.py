@@ -84,6 +84,8 @@ class Writers:
             ("images/s", "images_per_second"),
             ("TFLOP/s of a rank", "tflops_per_second"),
             ("MFU", "mfu"),
+            ("padding, share of tokens", "padding_share"),
+            ("balance of the encoder", "encoder_balance"),
             ("samples skipped", "skipped_samples"),
             ("updates skipped", "skipped_updates"),
         ):
@@ -99,7 +101,10 @@ class Writers:
 
 
 def _tag(name: str) -> str:
-    """TensorBoard's name of a value, in groups: `loss/text`, `lr/decoder`, `seconds/decode`, `speed/tokens`."""
+    """TensorBoard's name of a value, in groups: `loss/text`, `lr/decoder`, `seconds/decode`, `speed/tokens`,
+    `batch/padding_share`."""
+    if name in ("padding_share", "encoder_balance"):
+        return f"batch/{name}"
     for ending, group in (("_seconds", "seconds"), ("_per_second", "speed"), ("_loss", "loss")):
         if name.endswith(ending):
             return f"{group}/{name.removesuffix(ending)}"
@@ -115,9 +120,12 @@ def _line(record: dict[str, Any]) -> str:
     phases = " ".join(f"{phase.replace('_', ' ')} {record[f'{phase}_seconds'] * 1e3:.0f}" for phase in PHASES)
     skipped = f" | skipped {record['skipped_samples']}" if record["skipped_samples"] else ""
     scale = f" scale {record['loss_scale']:g}" if record["loss_scale"] != 1 else ""
+    # What would be shown as 0% padding and 100% balance is not worth a word.
+    padding = f" | padding {record['padding_share']:.0%}" if record["padding_share"] > 0.005 else ""
+    balance = f" | encoder balance {record['encoder_balance']:.0%}" if record["encoder_balance"] < 0.995 else ""
     return (
         f"step {record['step']:>6} | text {record['text_loss']:.4f} | image {record['image_loss']:.4f} "
         f"(mean {record['mean_predictor_image_loss']:.4f}) | norm {_short(record['grad_norm'])}{scale} | "
         f"{record['tokens_per_second']:.0f} tokens/s {record['images_per_second']:.1f} images/s "
-        f"MFU {record['mfu']:.1%}{skipped} | ms: {phases}"
+        f"MFU {record['mfu']:.1%}{padding}{balance}{skipped} | ms: {phases}"
     )

@@ -187,7 +187,7 @@ def test_a_file_that_is_not_text(tmp_path):
 
 
 def test_unknown_recipe_and_missing_file(tmp_path):
-    assert error_of("stage3").startswith("unknown recipe 'stage3' (did you mean stage2?); recipes: stage2, tiny_inter")
+    assert error_of("stage3").startswith("unknown recipe 'stage3' (did you mean stage2?); recipes: stage2, tiny_all")
     missing = str(tmp_path / "missing.yaml")
     assert error_of(missing) == f"{missing}: No such file or directory; give a YAML file or one of: " + ", ".join(
         loading.recipes()
@@ -232,7 +232,7 @@ def test_recipes_load_and_come_back(recipe, name):
 
 
 def test_recipes_are_found_in_the_package():
-    assert loading.recipes() == ["stage2", "tiny_interleaved"]
+    assert loading.recipes() == ["stage2", "tiny_all_kinds", "tiny_interleaved"]
     folder = importlib.resources.files("emu2_megatron.config") / "recipes"
     assert [file.name for file in folder.iterdir() if not file.name.endswith(".yaml")] == []
 

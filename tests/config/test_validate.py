@@ -46,6 +46,13 @@ def test_recipes_are_legal():
     assert error_of(load("stage2")).startswith("data.shards: []")
 
 
+def test_small_pictures_are_legal():
+    """The first stage of pre-training is at 224 pixels: 16² patches, which 64 embeddings share in squares of 4."""
+    given = ["data.shards=[a.tar]", "data.tokenizer=t.model", "model.encoder.image_size=224"]
+    assert validate.validate(load("stage2", given), 128) == 8
+    assert error_of(load("stage2", [*given, "model.image_queries=1024"])).endswith("legal: 1, 4, 16, 64, 256")
+
+
 NUMBERS = [entry.key for entry in describe.describe() if entry.type.split()[0] in ("int", "float")]
 
 
@@ -86,6 +93,11 @@ def test_zero(key):
         assert error_of(config) == f"{key}: 0; legal: more than 0"
 
 
+def test_two_ways_of_blending():
+    config = changed(TINY, data__weights=(1.0,), data__samples_per_step=(1,))
+    assert error_of(config) == "data.weights: [1.0]; given together with samples_per_step; set one of them to []"
+
+
 @pytest.mark.parametrize(
     ("key", "legal", "illegal"),
     [
@@ -107,13 +119,23 @@ def test_zero(key):
         ("model__frame_queries", 16, 64),
         ("data__sequence_length", 2048, 2049),
         ("data__sequence_length", 8, 7),
+        ("data__max_bad_share", 1.0, 1.01),
+        ("data__phrase_first_probability", 1.0, 1.01),
+        ("data__video_frames", (8, 12, 16), (8, 0)),
+        ("data__video_frames", (1,), ()),
+        ("data__weights", (0.5,), (0.0,)),
+        ("data__weights", (), (1.0, 2.0)),  # of one entry of data.shards
+        ("data__samples_per_step", (12800,), (-1,)),
+        ("data__samples_per_step", (), (4, 4)),
         ("fp8__recipe", "none", "fp8"),
         ("fp8__amax_compute", "most_recent", "mean"),
     ],
 )
 def test_legal_neighbours(key, legal, illegal):
     assert validate.validate(changed(TINY, **{key: legal}), None) == 1
-    assert error_of(changed(TINY, **{key: illegal})).startswith(f"{key.replace('__', '.')}: {illegal}; ")
+    assert error_of(changed(TINY, **{key: illegal})).startswith(
+        f"{key.replace('__', '.')}: {describe.yaml_value(illegal)}; "
+    )
 
 
 def test_messages_name_the_tables():

@@ -2,8 +2,8 @@
 
 import torch
 
-from emu2_megatron.data.batch import share, targets
-from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL, VISUAL_TARGET
+from emu2_megatron.data.batch import cu_seqlens, share, targets
+from emu2_megatron.data.sequence import PADDING, START, TEXT_TARGET, VISUAL, VISUAL_TARGET
 
 T, V, R = TEXT_TARGET, VISUAL, VISUAL | VISUAL_TARGET
 
@@ -26,6 +26,23 @@ def test_nothing_to_learn() -> None:
     got = targets(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.uint8))
     assert not got.text_mask_SB.any()
     assert len(got.visual_positions_R) == len(got.predictor_positions_T) == len(got.predicted_rows_T) == 0
+
+
+def test_cu_seqlens() -> None:
+    """Samples of 2 and 4 tokens; a whole sequence without any mark; 1, 2 and 1 tokens and 2 of padding."""
+    P = PADDING
+    roles_BS = torch.zeros(3, 6, dtype=torch.uint8)
+    roles_BS[0] = torch.tensor([START, T, START, V, R, T])
+    roles_BS[2] = torch.tensor([START, START, T, START | V, START | P, P])
+    got = cu_seqlens(roles_BS)
+    assert got is not None and got.dtype == torch.int32
+    assert got.tolist() == [0, 2, 6, 12, 13, 15, 16, 18]
+    assert roles_BS[1, 0] == 0, "the roles are not ours to change"
+    assert cu_seqlens(roles_BS[1:2]) is None
+    roles_BS[1, 0] = START
+    assert cu_seqlens(roles_BS[1:2]) is None
+    roles_BS[1, 5] = START
+    assert torch.equal(cu_seqlens(roles_BS[1:2]), torch.tensor([0, 5, 6]))
 
 
 def test_shares() -> None:

@@ -2,16 +2,19 @@
 
 import importlib.util
 import json
-import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from torch import Tensor
 
 from emu2_megatron.config.schema import Config
+from emu2_megatron.data.decode import decode
 from emu2_megatron.data.samples import build_sample
+from emu2_megatron.data.sequence import Features
 from emu2_megatron.data.shards import ShardIndex
 from emu2_megatron.data.tokenizer import Tokenizer
 
@@ -33,17 +36,16 @@ def make_shards() -> Callable[[list[str]], int]:
     return main
 
 
-def test_example_data_becomes_shards_that_all_load(
-    tmp_path: Path, example_data: Path, tokenizer: Tokenizer, make_config: Callable[..., Config],
-    make_shards: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    command = ["--input", str(example_data), "--output", str(tmp_path)]
+def test_example_data_becomes_shards(
+    tmp_path: Path, example_data: Path, make_shards: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--input", str(example_data), "--output", str(tmp_path), "--workers", "2"]
     command += ["--samples-per-shard", "50", "--max-words", "60"]
     assert make_shards(command) == 0
     summary = capsys.readouterr().out
-    index = ShardIndex([f"{tmp_path}/shard-*.tar"])
+    index = ShardIndex([f"{tmp_path}/*.tar"])
     raws = [index.read(i) for i in range(len(index))]
-    captions = [raw for raw in raws if raw.meta["kind"] == "caption"]
+    captions = [raw for raw in raws if "image" in raw.meta and raw.meta["kind"] == "caption"]
     records = [json.loads(line) for line in (example_data / "images" / "captions.jsonl").read_text().splitlines()]
     assert [raw.meta["text"] for raw in captions] == [record["caption"] for record in records]
     assert captions[0].files["0.jpg"] == (example_data / records[0]["file"]).read_bytes()
@@ -51,58 +53,46 @@ def test_example_data_becomes_shards_that_all_load(
     # Documents: all text and pictures, in order.
     for path in sorted((example_data / "interleaved").glob("*.json")):
         parts = json.loads(path.read_text())["content"]
-        cuts = [raw for raw in raws if raw.key.startswith(f"interleaved-{path.stem}-")]
+        cuts = [raw for raw in raws if raw.key.startswith(f"interleaved/{path.stem}-")]
         content = [(raw, item) for raw in cuts for item in raw.meta["content"]]
         texts = "".join(part["text"] for part in parts if part["type"] == "text")
         joined = "".join("".join(i["text"] for _, i in content if "text" in i).split())
         assert joined == "".join(texts.split())
         pictures = [(example_data / part["file"]).read_bytes() for part in parts if part["type"] == "image"]
         assert [raw.files[i["image"]] for raw, i in content if "image" in i] == pictures
-    samples = [build_sample(raw, tokenizer, make_config(sequence_length=128), 0, i) for i, raw in enumerate(raws)]
-    pictures_in_shards = sum(len(raw.files) for raw in raws)
-    assert f"{-(-len(raws) // 50)} shards, 44 captions, {len(raws) - 44} documents" in summary
-    assert f"{pictures_in_shards} pictures" in summary and pictures_in_shards == 44 + 30
-    assert 44 < sum(len(sample.pictures) for sample in samples) <= pictures_in_shards
-
-    assert make_shards(command) == 1  # would mix with the shards of the first run
-    assert "already contains shards" in capsys.readouterr().err
+    kinds = Counter(raw.meta["kind"] for raw in raws)
+    assert (kinds["caption"], kinds["chat"], kinds["grounded"]) == (44 + 3, 231 + 21, 5)
+    pictures_in_shards = sum(len(raw.files) for raw in raws) - 3
+    assert pictures_in_shards == 44 + 30 + 5 + kinds["chat"]
+    listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+    assert f"{len(index.paths)} shards, {len(raws)} samples ({listed}), {pictures_in_shards} pictures, 3 " in summary
 
 
-def test_same_input_gives_same_shards(
-    tmp_path: Path, example_data: Path, make_shards: Callable[[list[str]], int]
+def test_all_example_data_loads(
+    tmp_path: Path, example_data: Path, make_config: Callable[..., Config], make_shards: Callable[[list[str]], int]
 ) -> None:
-    source = tmp_path / "source"
-    (source / "images").mkdir(parents=True)
-    lines = (example_data / "images" / "captions.jsonl").read_text().splitlines()[:2]
-    (source / "images" / "captions.jsonl").write_text("\n".join(lines))
-    for line in lines:
-        shutil.copy(example_data / json.loads(line)["file"], source / "images")
-    for name in ("a", "b"):
-        assert make_shards(["--input", str(source), "--output", str(tmp_path / name)]) == 0
-    first, second = ((tmp_path / name / "shard-000000.tar").read_bytes() for name in ("a", "b"))
-    assert first == second
+    """At the released context: every sample of every kind, every picture and frame of it."""
+    assert make_shards(["--input", str(example_data), "--output", str(tmp_path)]) == 0
+    index = ShardIndex([f"{tmp_path}/*.tar"])
+    tokenizer = Tokenizer(example_data / "tokenizer.model", chat=True)
+    config = make_config(sequence_length=2048, document_tokens=2048)
+    raws = [index.read(i) for i in range(len(index))]
+    samples = [build_sample(raw, tokenizer, config, 0, i) for i, raw in enumerate(raws)]
+    total = 44 + 30 + 5 + 231 + 21 + 3 * 8
+    assert sum(len(sample.queries) for sample in samples) == total
+    decoded = decode([visual for s in samples for visual in s.visuals if not isinstance(visual, Features)], 28)
+    assert sum(len(pictures) for pictures in decoded if isinstance(pictures, Tensor)) == total
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("images/captions.jsonl", '{"file": "images/a.jpg"}', "captions.jsonl, line 1"),
-        ("images/captions.jsonl", "{", "captions.jsonl, line 1"),
-        ("images/captions.jsonl", '{"file": "images/a.jpg", "caption": "x"}', "a.jpg"),
-        ("interleaved/d.json", '{"content": [{"type": "text", "text": 5}]}', "d.json: not an interleaved document"),
-        ("interleaved/d.json", "[]", "d.json: not an interleaved document"),
-        ("elsewhere.txt", "", "neither images/captions.jsonl nor interleaved"),
-    ],
-)
-def test_unusable_input_is_named(
-    tmp_path: Path, make_shards: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str],
-    name: str, text: str, message: str,
-) -> None:  # fmt: skip
-    (tmp_path / "in" / name).parent.mkdir(parents=True)
-    (tmp_path / "in" / name).write_text(text)
-    assert make_shards(["--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]) == 1
+def test_errors_are_one_line_and_an_exit_code(
+    tmp_path: Path, make_shards: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert make_shards(["--input", str(tmp_path), "--output", str(tmp_path.parent / "out")]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error
+    assert error.startswith(f"error: {tmp_path}: no records there: neither images/captions.jsonl, ")
+    assert error.count("\n") == 1
+    assert make_shards(["--input", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "error: --input PATH and --output DIR, to make shards, or --verify DIR\n"
 
 
 def test_example_tokenizer_is_what_the_tool_makes(tmp_path: Path, example_data: Path) -> None:

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emu2_megatron.config.schema import Config
-from emu2_megatron.data.samples import build_sample, reason_of, split_document
-from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL, VISUAL_TARGET
+from emu2_megatron.data.samples import build_sample, frame_indices, reason_of
+from emu2_megatron.data.sequence import START, TEXT_TARGET, VISUAL, VISUAL_TARGET
 from emu2_megatron.data.shards import RawSample
 from emu2_megatron.data.tokenizer import Tokenizer
+from emu2_megatron.data.visuals import EncodedPicture
 from emu2_megatron.errors import DataError
 
 MakeConfig = Callable[..., Config]
@@ -34,22 +35,21 @@ def test_caption_in_both_orders(tokenizer: Tokenizer, make_config: MakeConfig, m
 
     first = build_sample(raw, tokenizer, make_config(image_first_probability=1.0), 0, 0)
     assert first.tokens_S.tolist() == [1, *PICTURE, *text, 2]
-    assert first.roles_S.tolist() == [0, *PICTURE_ROLES, *[2] * n, 2]
+    assert first.roles_S.tolist() == [START, *PICTURE_ROLES, *[2] * n, 2]
     last = build_sample(raw, tokenizer, make_config(image_first_probability=0.0), 0, 0)
     assert last.tokens_S.tolist() == [1, *text, *PICTURE, 2]
-    assert last.roles_S.tolist() == [0, *[2] * n, *PICTURE_ROLES, 2]
+    assert last.roles_S.tolist() == [START, *[2] * n, *PICTURE_ROLES, 2]
 
     for sample in (first, last):
         assert (sample.key, sample.queries) == ("k", [4])
         assert sample.tokens_S.dtype == np.int64 and sample.roles_S.dtype == np.uint8
-        (pixels_3HW,) = sample.pictures
-        assert pixels_3HW.shape == (3, 56, 56) and pixels_3HW[:, 0, 0].tolist() == [9, 8, 7]
+        assert sample.visuals == [EncodedPicture(raw.files["0.png"])]
 
 
 def test_markers_are_supervised_on_request(tokenizer: Tokenizer, make_config: MakeConfig, make_png: MakePng) -> None:
     config = make_config(image_first_probability=1.0, supervise_image_markers=True)
     roles = build_sample(_caption(make_png()), tokenizer, config, 0, 0).roles_S
-    assert roles[:7].tolist() == [0, 2, 5, 5, 5, 5, 2]
+    assert roles[:7].tolist() == [START, 2, 5, 5, 5, 5, 2]
 
 
 def test_order_depends_on_seed_epoch_and_index_only(
@@ -79,51 +79,98 @@ def test_interleaved_keeps_reading_order(tokenizer: Tokenizer, make_config: Make
     # Every text is a segment of its own, as after a special token.
     text = tokenizer.encode("the") + tokenizer.encode("ship")
     assert sample.tokens_S.tolist() == [1, *PICTURE, *text, *PICTURE, *PICTURE, 2]
-    assert sample.roles_S.tolist() == [0, *PICTURE_ROLES, *[2] * len(text), *PICTURE_ROLES, *PICTURE_ROLES, 2]
-    assert [int(pixels_3HW.max()) for pixels_3HW in sample.pictures] == [1, 0, 1]
+    assert sample.roles_S.tolist() == [START, *PICTURE_ROLES, *[2] * len(text), *PICTURE_ROLES, *PICTURE_ROLES, 2]
+    assert sample.visuals == [EncodedPicture(files[name]) for name in ("1.png", "0.png", "1.png")]
     assert sample.queries == [4, 4, 4]
 
 
 @pytest.mark.parametrize(
-    ("length", "kept", "pictures"),
-    [  # <s> + picture 6 + "the" 1 + picture 6 + "the the the" 3 + </s> = 18
-        (64, 18, 2), (18, 18, 2), (17, 17, 2), (16, 16, 2), (15, 15, 2), (14, 14, 2),
-        (13, 8, 1), (9, 8, 1), (8, 8, 1), (7, 7, 1),
+    ("tokens", "pictures", "windows"),
+    [  # <s>, the blocks P T P TTT of 6, 1, 6 and 3 tokens, </s>: 18 tokens
+        (18, 2, ["PTPTTT."]),  # all of it
+        (17, 2, ["PTPTTT", "TPTTT."]),  # the end is cut, or the beginning is left out
+        (11, 2, ["PT", "TPTTT", "PTTT."]),  # from T on it does not fit with </s>: the last place is the second picture
+        (8, 2, ["PT", "TP", "TTT."]),  # from either picture: it, and one word
+        (64, 1, ["PT", "TPTTT."]),  # a second picture ends the first window
+        (5, 2, ["", "T", "TTT."]),  # no picture fits, so from a picture there is nothing to learn
     ],
-)  # fmt: skip
-def test_where_a_long_sample_is_cut(
+)
+def test_windows_of_a_long_document(
     tokenizer: Tokenizer,
     make_config: MakeConfig,
     make_png: MakePng,
-    length: int,
-    kept: int,
+    tokens: int,
     pictures: int,
+    windows: list[str],
 ) -> None:
     content = [{"image": "0.png"}, {"text": "the"}, {"image": "0.png"}, {"text": "the the the"}]
     raw = RawSample("k", {"kind": "interleaved", "content": content}, {"0.png": make_png()})
-    sample = build_sample(raw, tokenizer, make_config(sequence_length=length), 0, 0)
-    the = tokenizer.encode("the")
-    assert len(the) == 1 and tokenizer.encode("the the the") == the * 3
-    assert sample.tokens_S.tolist() == [1, *PICTURE, *the, *PICTURE, *the * 3, 2][:kept]
-    assert len(sample.pictures) == len(sample.queries) == pictures
+    (the,) = tokenizer.encode("the")
+    assert tokenizer.encode("the the the") == [the] * 3
+    blocks = {"P": PICTURE, "T": [the], ".": [2]}
+    seen = set()
+    for index in range(60):  # of at most 4 equally likely windows, one is missed with probability 4 * 0.75^60 < 1e-6
+        config = make_config(document_tokens=tokens, document_pictures=pictures)
+        try:
+            sample = build_sample(raw, tokenizer, config, 0, index)
+        except DataError as error:
+            assert reason_of(error) == "nothing to learn"
+            seen.add("")
+            continue
+        (found,) = [w for w in windows if sample.tokens_S.tolist() == [1, *(t for b in w for t in blocks[b])]]
+        assert len(sample.visuals) == len(sample.queries) == found.count("P")
+        seen.add(found)
+    assert seen == set(windows)
+
+
+def test_a_long_text_is_cut_where_the_window_ends(tokenizer: Tokenizer, make_config: MakeConfig) -> None:
+    raw = RawSample("k", {"kind": "interleaved", "content": [{"text": "the " * 90}]})
+    for index in range(20):
+        sample = build_sample(raw, tokenizer, make_config(document_tokens=40), 0, index)
+        assert sample.tokens_S.tolist() == [1, *tokenizer.encode("the") * 39]
 
 
 def test_nothing_after_a_dropped_picture(tokenizer: Tokenizer, make_config: MakeConfig, make_png: MakePng) -> None:
-    """Text that would still fit is not moved up to where the picture was, and the dropped picture is not decoded."""
-    content = [{"text": "the"}, {"image": "0.png"}, {"text": "the"}]
-    raw = RawSample("k", {"kind": "interleaved", "content": content}, {"0.png": b"not decoded"})
-    sample = build_sample(raw, tokenizer, make_config(sequence_length=7), 0, 0)
-    assert sample.tokens_S.tolist() == [1, *tokenizer.encode("the")]
-    assert sample.pictures == []
+    """Text that would still fit is not moved up to where the picture was, and the dropped picture is not looked at."""
+    content = [{"text": "the ship"}, {"image": "0.png"}, {"text": "the"}]
+    raw = RawSample("k", {"kind": "interleaved", "content": content}, {"0.png": b"not a picture"})
+    starts = set()
+    for index in range(40):
+        try:
+            sample = build_sample(raw, tokenizer, make_config(sequence_length=6), 0, index)
+        except DataError as error:
+            assert reason_of(error) == "nothing to learn"  # began at the picture
+            continue
+        assert sample.visuals == []
+        starts.add(tuple(sample.tokens_S.tolist()))
+    assert starts == {(1, *tokenizer.encode("the ship")), (1, *tokenizer.encode("the"), 2)}
 
 
-def test_nothing_left_to_learn(tokenizer: Tokenizer, make_config: MakeConfig, make_png: MakePng) -> None:
-    too_short = make_config(sequence_length=6, image_first_probability=1.0)
-    empty = RawSample("k", {"kind": "interleaved", "content": []})
-    for raw, config in ((_caption(make_png()), too_short), (empty, make_config())):
-        with pytest.raises(DataError, match="nothing to learn: k has neither") as caught:
-            build_sample(raw, tokenizer, config, 0, 0)
-        assert reason_of(caught.value) == "nothing to learn"
+@pytest.mark.parametrize("kind", ["caption", "text"])
+def test_too_long_for_the_context(tokenizer: Tokenizer, make_config: MakeConfig, make_png: MakePng, kind: str) -> None:
+    meta = {"kind": kind, "text": " ".join(["the"] * 30), "image": "0.png"}
+    raw = RawSample("k", meta, {"0.png": make_png()})
+    length = 32 if kind == "text" else 38
+    assert len(build_sample(raw, tokenizer, make_config(sequence_length=length), 0, 0).tokens_S) == length
+    with pytest.raises(DataError, match=f"^longer than the context: k has {length} tokens.*{length - 1}$"):
+        build_sample(raw, tokenizer, make_config(sequence_length=length - 1), 0, 0)
+
+
+def test_nothing_to_learn(tokenizer: Tokenizer, make_config: MakeConfig) -> None:
+    with pytest.raises(DataError, match="nothing to learn: k has no target") as caught:
+        build_sample(RawSample("k", {"kind": "interleaved", "content": []}), tokenizer, make_config(), 0, 0)
+    assert reason_of(caught.value) == "nothing to learn"
+
+
+@pytest.mark.parametrize(
+    ("total", "wanted", "frames"),
+    [
+        (80, 8, (5, 15, 25, 35, 45, 55, 65, 75)), (17, 8, (1, 3, 5, 7, 9, 11, 13, 15)), (8, 8, tuple(range(8))),
+        (9, 8, tuple(range(8))), (3, 8, (0, 1, 2)), (0, 8, ()), (100, 3, (16, 49, 82)), (5, 1, (2,)),
+    ],
+)  # fmt: skip
+def test_frames_of_a_video(total: int, wanted: int, frames: tuple[int, ...]) -> None:
+    assert frame_indices(total, wanted) == frames
 
 
 @settings(max_examples=100, deadline=None)
@@ -134,34 +181,31 @@ def test_invariants_of_any_sample(
     content = [{"image": "0.png"} if part is None else {"text": part} for part in parts]
     raw = RawSample("k", {"kind": "interleaved", "content": content}, {"0.png": make_png(size=(1, 1))})
     config = make_config(sequence_length=length)
+    blocks = [PICTURE if part is None else tokenizer.encode(part.strip()) for part in parts]
+    full = [1, *(token for block in blocks for token in block), 2]
     try:
         sample = build_sample(raw, tokenizer, config, 0, 0)
     except DataError as error:
         blank = any(part is not None and not part.strip() for part in parts)
-        first_is_cut = not parts or length == 1 or (parts[0] is None and length < 7)
         assert reason_of(error) == ("sample does not follow the format" if blank else "nothing to learn")
-        assert blank or first_is_cut
+        assert blank or not parts or length == 1 or (None in parts and length < 7)
         return
-    tokens, roles = sample.tokens_S, sample.roles_S
+    tokens, roles = sample.tokens_S.tolist(), sample.roles_S
     assert 1 < len(tokens) == len(roles) <= length
-    assert roles[0] == 0 and tokens[0] == tokenizer.bos
-    visual = tokens == tokenizer.image
+    assert roles[0] == START and tokens[0] == tokenizer.bos
+    visual = sample.tokens_S == tokenizer.image
     assert np.array_equal(roles == VISUAL | VISUAL_TARGET, visual)
-    text = tokens < 1000  # pieces and </s>; the first token is <s>
+    text = sample.tokens_S < 1000  # pieces and </s>; the first token is <s>
     text[0] = False
     assert np.array_equal(roles == TEXT_TARGET, text)
-    assert not roles[~visual & ~text].any()
-    assert sum(sample.queries) == visual.sum() and len(sample.queries) == len(sample.pictures)
-    full = [tokenizer.bos]
-    for part in parts:
-        full += PICTURE if part is None else tokenizer.encode(part)
-    full.append(tokenizer.eos)
-    assert tokens.tolist() == full[: len(tokens)]  # a cut sample is a beginning of the whole one
-    if len(full) <= length:
-        assert tokens.tolist() == full
-    else:
-        assert tokenizer.eos not in tokens
-        assert length - len(tokens) < len(PICTURE)  # only a picture can leave room
+    assert not roles[1:][~visual[1:] & ~text[1:]].any()
+    assert sum(sample.queries) == visual.sum() and len(sample.queries) == len(sample.visuals)
+    if len(full) <= length and parts.count(None) <= 8:
+        assert tokens == full
+    else:  # a run of the whole that begins where a block begins
+        starts = np.cumsum([1, *map(len, blocks)]).tolist()
+        assert any(tokens[1:] == full[start : start + len(tokens) - 1] for start in starts)
+        assert tokens[-1] == 2 or length - len(tokens) < len(PICTURE)  # only a picture can leave room
 
 
 @pytest.mark.parametrize(
@@ -183,35 +227,8 @@ def test_malformed_samples(
         build_sample(RawSample("k", meta, {"0.png": make_png()}), tokenizer, make_config(), 0, 0)
 
 
-def test_undecodable_picture_and_text(tokenizer: Tokenizer, make_config: MakeConfig, make_png: MakePng) -> None:
-    with pytest.raises(DataError, match="^picture cannot be decoded: "):
+def test_what_is_no_picture_and_no_text(tokenizer: Tokenizer, make_config: MakeConfig, make_png: MakePng) -> None:
+    with pytest.raises(DataError, match="^file does not match its extension: 0.png is no picture"):
         build_sample(_caption(b"junk"), tokenizer, make_config(), 0, 0)
     with pytest.raises(DataError, match="^text is not valid Unicode: "):
         build_sample(_caption(make_png(), "\udc80"), tokenizer, make_config(), 0, 0)
-
-
-def test_split_document_by_hand() -> None:
-    a, b, c = b"A", b"B", b"C"
-    # At most 3 words: the picture stays with the text before it, the rest of a text follows in the next document.
-    assert split_document(["one two  three", a, "four", b], 3) == [["one two  three", a], ["four", b]]
-    assert split_document([a, "one two three four", b], 3) == [[a, "one two three"], ["four", b]]
-    assert split_document([a, b, c, "one"], 9, max_pictures=2) == [[a, b], [c, "one"]]
-    assert split_document(["图形桌面 ok"], 3) == [["图形桌"], ["面 ok"]]
-    assert split_document(["  "], 3) == split_document([], 3) == []
-    with pytest.raises(ValueError, match="at least 1"):
-        split_document(["a"], 0)
-
-
-@given(st.lists(st.one_of(st.binary(min_size=1, max_size=2), st.text("ab \n图"))), st.integers(1, 5), st.integers(1, 3))
-def test_split_document_keeps_everything(parts: list[str | bytes], max_words: int, max_pictures: int) -> None:
-    documents = split_document(parts, max_words, max_pictures)
-
-    def letters(pieces: list[str | bytes]) -> list[str | bytes]:
-        return [c for p in pieces for c in ([p] if isinstance(p, bytes) else "".join(p.split()))]
-
-    assert letters([part for document in documents for part in document]) == letters(parts)
-    for document in documents:
-        assert 0 < len(document)
-        assert sum(isinstance(part, bytes) for part in document) <= max_pictures
-        spaced = [part.replace("图", " 图 ").split() for part in document if isinstance(part, str)]
-        assert sum(map(len, spaced)) <= max_words and all(spaced)

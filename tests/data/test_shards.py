@@ -5,10 +5,16 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from emu2_megatron.data import shards
+from emu2_megatron.data.index_file import index_path
 from emu2_megatron.data.shards import RawSample, ShardIndex, write_shard
 from emu2_megatron.errors import DataError
 
@@ -66,7 +72,7 @@ def test_failed_write_leaves_nothing_and_keeps_the_old_shard(tmp_path: Path) -> 
     write_shard(path, [_sample("old")])
     with pytest.raises(RuntimeError, match="source failed"):
         write_shard(path, broken())
-    assert os.listdir(tmp_path) == ["s.tar"]
+    assert sorted(os.listdir(tmp_path)) == ["s.tar", "s.tar.index.npy"]
     assert ShardIndex([str(path)]).read(0).key == "old"
 
 
@@ -106,7 +112,11 @@ def test_foreign_tars_with_folders_and_dot_slash_are_read(tmp_path: Path) -> Non
         ([("/etc/a.json", b"{}")], "/etc/a.json points outside"),
         ([("../a.json", b"{}")], "../a.json points outside"),
         ([("x/../../a.json", b"{}")], "points outside"),
-        ([("a.json", b"{}"), ("a.0.exe", b"")], "a.0.exe is neither"),
+        ([("a.json", b"{}"), ("a.0.exe", b"")], "a.0.exe is neither KEY.json nor a picture or video KEY.NAME (.json, "),
+        ([("a.json", b"{}"), ("a.0.pkl", b"")], "a.0.pkl is neither"),
+        ([("a.json", b"{}"), ("a.jpg.pt", b"")], "a.jpg.pt is neither"),
+        ([("a.pyd", b"")], "a.pyd is neither"),
+        ([("a.json", b"{}"), ("a.0.bin", b"")], "a.0.bin is neither"),
         ([("README", b"")], "README is neither"),
         ([(".hidden.jpg", b"")], "hidden.jpg is neither"),
         ([("a.json", b"{}"), ("a.json", b"{}")], "a.json appears twice"),
@@ -144,7 +154,7 @@ def test_sparse_files_are_refused(tmp_path: Path) -> None:
 
 def test_a_shard_cut_anywhere_is_refused(tmp_path: Path) -> None:
     """Also between two members, where tarfile itself sees a normal end."""
-    write_shard(tmp_path / "s.tar", [_sample("a", 2), _sample("b")])
+    write_shard(tmp_path / "s.tar", [_sample("a", 2), _sample("b")])  # its index is of another size, and not used
     with tarfile.open(tmp_path / "s.tar") as tar:
         members = tar.getmembers()
     end = members[-1].offset_data + 512  # one block of data each
@@ -163,6 +173,9 @@ def test_a_damaged_header_is_refused_not_taken_for_the_end(tmp_path: Path) -> No
     with tarfile.open(tmp_path / "s.tar") as tar:
         data[tar.getmember("b.json").offset + 3] ^= 0xFF
     (tmp_path / "s.tar").write_bytes(data)
+    with pytest.raises(DataError, match="shard cannot be read"):  # with its index, when it is read
+        ShardIndex([str(tmp_path / "s.tar")]).read(1)
+    index_path(tmp_path / "s.tar").unlink()
     with pytest.raises(DataError, match="s.tar: cut off or damaged after byte 2048"):
         ShardIndex([str(tmp_path / "s.tar")])
 
@@ -219,3 +232,238 @@ def test_a_shard_changed_or_lost_after_indexing(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(DataError, match="cannot be read"):
         index.read(0)
+    assert index.locate(0) == (str(path), 0)  # remembered
+
+
+def test_a_shard_lost_before_its_index_is_looked_at_has_a_name_still(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s.tar", [_sample("a")])
+    index = ShardIndex([f"{tmp_path}/s.tar"])
+    (tmp_path / "s.tar").unlink()
+    assert index.locate(0) == (f"{tmp_path}/s.tar", -1)
+    with pytest.raises(DataError, match="shard cannot be read: .*s.tar"):
+        index.read(0)
+
+
+def _unindexed(path: Path) -> ShardIndex:
+    index_path(path).unlink()
+    return ShardIndex([str(path)])
+
+
+def test_every_picture_and_video_extension_is_stored(tmp_path: Path) -> None:
+    names = ["a.jpg", "a.jpeg", "a.png", "a.webp", "a.gif", "a.mp4", "a.webm", "a.mkv", "a.mov", "a.avi"]
+    sample = RawSample("k", {}, {name: name.encode() for name in [*names, "0.jpg.safetensors"]})
+    write_shard(tmp_path / "s.tar", [sample])
+    assert ShardIndex([str(tmp_path / "s.tar")]).read(0) == sample
+
+
+def test_index_file_says_what_tarfile_finds(tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+    samples = [_sample("b"), _sample("a-long-key-" * 20, 3), _sample("c", 0)]
+    write_shard(path, samples)
+    with tarfile.open(path) as tar:
+        offsets = [member.offset for member in tar.getmembers() if member.name.endswith(".json")]
+        last = tar.getmembers()[-1]
+    stops = [*offsets[1:], last.offset_data + 512]
+    table = np.load(tmp_path / "s.tar.index.npy", allow_pickle=False)
+    assert table.dtype == np.int64
+    assert table.tolist() == [[path.stat().st_size, 1], *map(list, zip(offsets, stops, strict=True))]
+
+
+def test_index_file_is_used_and_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "s.tar"
+    samples = [_sample("a", 2), _sample("b")]
+    write_shard(path, samples)
+
+    def scanned(path: str) -> np.ndarray:
+        raise AssertionError(f"{path} was scanned")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "scan", scanned)
+        index = ShardIndex([str(path)])
+        assert [index.read(i) for i in range(len(index))] == samples
+    index = _unindexed(path)
+    assert [index.read(i) for i in range(len(index))] == samples
+
+
+def test_writing_a_shard_again_replaces_its_index(tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+    for samples in ([_sample("a"), _sample("b", 4)], [_sample("a", 4), _sample("b")]):  # of the same size
+        write_shard(path, samples)
+        index = ShardIndex([str(path)])
+        assert [index.read(i) for i in range(len(index))] == samples
+
+
+def test_a_shard_never_has_the_index_of_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when writing it again is cut short between the two files."""
+    path = tmp_path / "s.tar"
+    write_shard(path, [_sample("a"), _sample("b", 4)])
+    real = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if str(target).endswith(".npy"):
+            raise OSError("cut short")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    again = [_sample("a", 4), _sample("b")]  # of the same size
+    with pytest.raises(OSError, match="cut short"):
+        write_shard(path, again)
+    assert os.listdir(tmp_path) == ["s.tar"]
+    index = ShardIndex([str(path)])
+    assert [index.read(i) for i in range(len(index))] == again
+
+
+def test_an_empty_shard_has_an_index(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s.tar", [])
+    assert np.load(tmp_path / "s.tar.index.npy").tolist() == [[10240, 1]]
+    assert len(ShardIndex([str(tmp_path / "s.tar")], may_be_empty=True)) == 0
+
+
+def test_samples_beyond_the_last_are_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path / "s.tar", [_sample("a")])
+    index = ShardIndex([str(tmp_path / "s.tar")])
+    for i in (-1, 1):
+        with pytest.raises(IndexError):
+            index.read(i)
+
+
+def test_memory_does_not_grow_with_the_samples(tmp_path: Path) -> None:
+    """All that an index holds, counted in bytes of its arrays."""
+    sizes = []
+    for number in (1, 500):
+        path = tmp_path / f"{number}.tar"
+        write_shard(path, (_sample(f"k{i}", 0) for i in range(number)))
+        index = ShardIndex([str(path)])
+        assert len(index) == number
+        sizes.append(index._firsts.nbytes + index._versions.nbytes + sum(a.nbytes for a in index._scanned.values()))
+    assert sizes[0] == sizes[1]
+
+
+def test_more_shards_than_are_remembered_and_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_spans", shards.lru_cache(maxsize=3)(shards._spans.__wrapped__))
+    samples = [_sample(f"{i:03d}", i % 3) for i in range(60)]
+    for start in range(0, 60, 4):
+        write_shard(tmp_path / f"{start:02d}.tar", samples[start : start + 4])
+    index = ShardIndex([f"{tmp_path}/*.tar"])
+    order = np.random.default_rng(0).integers(60, size=600).tolist()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(index.read, order)) == [samples[i] for i in order]
+    assert shards._spans.cache_info().currsize == 3
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        lambda table: table[:-1],  # the last sample left out
+        lambda table: np.delete(table, 1, axis=0),  # the first
+        lambda table: np.delete(table, 2, axis=0),  # one between
+        lambda table: table[[0, 2, 1, 3]],  # another order
+        lambda table: np.vstack([table[0], [table[1, 0], table[2, 1]], table[3:]]),  # two taken for one
+        lambda table: np.vstack([table[:3], [[table[3, 0], table[3, 0] + 1024], [table[3, 0] + 1024, table[3, 1]]]]),
+        lambda table: table + [[0, 0], [0, 0], [512, 512], [512, 0]],  # shifted by a block
+        lambda table: np.vstack([table, [table[3, 1], table[3, 1] + 512]]),  # one more
+        lambda table: table * [[1, 1], [1, -1], [1, 1], [1, 1]],
+        lambda table: table + [[0, 0], [0, 0], [0, 0], [0, 1 << 62]],
+    ],
+)
+def test_a_wrong_index_never_gives_a_wrong_sample(tmp_path: Path, tamper) -> None:  # type: ignore[no-untyped-def]
+    """Its first row fits: it is either found out and the tar scanned, or reading some sample is an error. What is read
+    is a sample of the shard; cut in two, its JSON names a picture that is not there, which `build_sample` refuses."""
+    path = tmp_path / "s.tar"
+    samples = [_sample("a"), _sample("b", 2), _sample("c", 1)]
+    write_shard(path, samples)
+    table = tamper(np.load(index_path(path)))
+    np.save(index_path(path), table)
+    index = ShardIndex([str(path)])
+    read: list[RawSample | None] = []
+    for i in range(len(index)):
+        try:
+            read.append(index.read(i))
+        except DataError as error:
+            assert "shard cannot be read" in str(error) or "sample has no JSON" in str(error)
+            read.append(None)
+    assert None in read or read == samples
+    assert all(sample in [*samples, None, RawSample("c", samples[2].meta)] for sample in read)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"junk", b"PK\x03\x04 not an archive", b"\x80\x04]\x94.", b"\x93NUMPY\x01\x00",
+        b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (1, 2), }" + b" " * 57 + b"\n",
+        b"\x93NUMPY\x01\x00v\x00{'descr': '<i8', 'fortran_order': False, 'shape': (%d, 2), }" % 10**30,
+    ],
+)  # fmt: skip
+def test_an_unreadable_index_is_not_used(tmp_path: Path, content: bytes) -> None:
+    write_shard(tmp_path / "s.tar", [_sample("a"), _sample("b")])
+    index_path(tmp_path / "s.tar").write_bytes(content)
+    index = ShardIndex([str(tmp_path / "s.tar")])
+    assert [index.read(i) for i in range(len(index))] == [_sample("a"), _sample("b")]
+
+
+def test_an_index_of_other_size_version_or_type_is_not_used(tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+    write_shard(path, [_sample("a"), _sample("b")])
+    table = np.load(index_path(path))
+    wrong = [table[:0], table[0], table[:, :1], table.astype(np.float64), table[:2] + [[512, 0], [0, 0]]]
+    for other in (*wrong, table[:2] + [[0, 1], [0, 0]]):
+        np.save(index_path(path), other)
+        assert len(ShardIndex([str(path)])) == 2
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("../a.json", b"{}")], "points outside"), ([("a.json", b"{}"), ("a.0.pkl", b"")], "a.0.pkl is neither"),
+        ([("a.json", b"{}"), ("a.json", b"{}")], "has changed"), ([("a.json", b"{}"), ("b.0.jpg", b"")], "has changed"),
+    ],
+)  # fmt: skip
+def test_an_index_cannot_smuggle_in_what_a_scan_refuses(
+    tmp_path: Path, members: list[tuple[str, bytes]], message: str
+) -> None:
+    path = Path(_tar(tmp_path / "s.tar", members))
+    with tarfile.open(path) as tar:
+        end = max(member.offset_data + -(-member.size // 512) * 512 for member in tar)
+    np.save(index_path(path), np.array([[path.stat().st_size, 1], [0, end]]))
+    with pytest.raises(DataError, match=f"shard cannot be read: .*{message}"):
+        ShardIndex([str(path)]).read(0)
+
+
+def test_an_index_cannot_smuggle_in_a_link(tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+    write_shard(path, [_sample("a")])
+    data = bytearray(path.read_bytes())
+    with tarfile.open(path) as tar:
+        link = tar.getmember("a.0.jpg")
+    link.type, link.linkname, size = tarfile.SYMTYPE, "/etc/passwd", link.size
+    link.size = size
+    data[link.offset : link.offset + 512] = link.tobuf(tarfile.PAX_FORMAT)
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="a.0.jpg is not a plain file"):
+        ShardIndex([str(path)]).read(0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 20479), st.integers(0, 255)), max_size=20), st.booleans(), st.data())
+def test_a_shard_damaged_at_random_gives_only_data_errors(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, int]], indexed: bool, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("fuzz") / "s.tar"
+    write_shard(path, [_sample("a" * 120, 2), _sample("b", 3), _sample("c" * 300)])
+    target = data.draw(st.sampled_from([path, index_path(path)]))
+    if not indexed:
+        index_path(path).unlink()
+        target = path
+    content = bytearray(target.read_bytes())
+    for position, value in changes:
+        content[position % len(content)] = value
+    target.write_bytes(content)
+    try:
+        index = ShardIndex([str(path)])
+    except DataError:
+        return
+    for i in range(len(index)):
+        try:
+            index.read(i)
+        except DataError:
+            pass

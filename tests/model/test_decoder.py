@@ -5,12 +5,13 @@ from dataclasses import replace
 import harness
 import pytest
 import torch
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from emu2_megatron.config.presets import PRESETS
 from emu2_megatron.config.schema import Config, TrainingConfig
-from emu2_megatron.data.batch import targets
-from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL
+from emu2_megatron.data.batch import cu_seqlens, targets
+from emu2_megatron.data.sequence import PADDING, START, TEXT_TARGET, VISUAL, VISUAL_TARGET
 from emu2_megatron.model import parameters
 from emu2_megatron.model.decoder import DecoderStage, MicroBatch, padded_vocab_size, transformer_config
 from emu2_megatron.model.eva_vit import EvaVisionTransformer
@@ -62,6 +63,40 @@ def test_equals_transformers(preset: str, rotary_base: float, world_of_one: Topo
     assert (stage.logits(hidden_SBD).transpose(0, 1) - wanted).abs().max() < 1e-5 * wanted.abs().max().clamp(min=1)
 
 
+def test_a_packed_sequence_is_its_samples_alone(world_of_one: Topology) -> None:
+    """Two sequences of three samples, padding among them, and of two: losses and all gradients are the sums of what the
+    five give as sequences of their own. fp32, as in `test_equals_transformers`. Without cu_seqlens they are not."""
+    stage = stage_of(harness.config())
+    for parameter in stage.parameters():  # far from uniform attention
+        torch.nn.init.normal_(parameter, 1.0 if parameter.dim() == 1 else 0.0, 0.2)
+    tokens_BS = torch.randint(0, 90, (2, harness.LENGTH))
+    roles_BS = torch.full_like(tokens_BS, TEXT_TARGET, dtype=torch.uint8)
+    roles_BS[0, 3:7] = roles_BS[0, 11:15] = roles_BS[1, 9:13] = VISUAL | VISUAL_TARGET
+    roles_BS[0, 17:] = PADDING
+    samples = [(0, 0, 10), (0, 10, 17), (0, 17, 24), (1, 0, 5), (1, 5, 24)]
+    for b, start, _ in samples:
+        roles_BS[b, start] = roles_BS[b, start] & PADDING | START
+    features_RE = torch.randn(12, harness.MODEL.encoder.hidden_size)
+
+    def run(tokens_BS: Tensor, roles_BS: Tensor, features_RE: Tensor, apart: Tensor | None) -> list[Tensor]:
+        """Both losses, and the gradients of both."""
+        batch = MicroBatch(tokens_BS, targets(tokens_BS, roles_BS), features_RE, apart)
+        sums = stage.loss_sums(stage(batch), batch)
+        return [*sums, *torch.autograd.grad(sum(sums), list(stage.parameters()))]
+
+    alone = [
+        run(tokens_BS[b : b + 1, start:end], roles_BS[b : b + 1, start:end], rows_RE, None)
+        for (b, start, end), rows_RE in zip(samples, features_RE.split([4, 4, 0, 0, 4]), strict=True)
+    ]
+    wanted = [sum(values) for values in zip(*alone, strict=True)]
+    packed = run(tokens_BS, roles_BS, features_RE, cu_seqlens(roles_BS))
+    together = run(tokens_BS, roles_BS, features_RE, None)
+    names = ["text", "image", *(name for name, _ in stage.named_parameters())]
+    for name, got, other, want in zip(names, packed, together, wanted, strict=True):
+        assert (got - want).norm() < 1e-5 * want.norm(), name
+        assert (other - want).norm() > 1e-2 * want.norm(), name
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("overflowed", [False, True])
 def test_an_embedding_that_overflowed_shows_in_the_loss(overflowed: bool, world_of_one: Topology) -> None:
@@ -77,10 +112,19 @@ def test_an_embedding_that_overflowed_shows_in_the_loss(overflowed: bool, world_
     assert square_sum.isnan() if overflowed else square_sum == 0
 
 
-@pytest.mark.parametrize(("preset", "count"), [("emu2_37b", 36_906_513_152), ("emu2_chat_37b", 36_906_539_776)])
-def test_parameter_count(preset: str, count: int, world_of_one: Topology) -> None:
+@pytest.mark.parametrize(
+    ("preset", "image_size", "count"),
+    [
+        ("emu2_37b", 448, 36_906_513_152),
+        ("emu2_chat_37b", 448, 36_906_539_776),
+        # 16² patches instead of 32², each with a position of 1792 numbers.
+        ("emu2_37b", 224, 36_906_513_152 - (32**2 - 16**2) * 1792),
+    ],
+)
+def test_parameter_count(preset: str, image_size: int, count: int, world_of_one: Topology) -> None:
     """The published sizes (spec §8): built on the meta device, and by the table of names."""
     model = PRESETS[preset]
+    model = replace(model, encoder=replace(model.encoder, image_size=image_size))
     with torch.device("meta"):
         modules = [stage_of(Config(model=model)), EvaVisionTransformer(model.encoder)]
     assert all(p.is_meta for module in modules for p in module.parameters())

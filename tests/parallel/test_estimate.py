@@ -165,30 +165,35 @@ def test_exchanged_bytes_by_hand() -> None:
 
 def test_context_parallel_bytes_by_hand() -> None:
     """TP4 · CP2 · PP4 x 5 · DP4: 512 micro-batches of 1024 tokens a rank. Keys and values go round; backward keys and
-    values and the gradients of both."""
+    values and the gradients of both. With samples apart they are gathered, and backward only gradients return."""
     kv = 2 * 1024 * 6656 / 4 * 2
-    assert of(128, "parallel.context_parallel_size=2").exchanged["context"] == 512 * 15 * (1 + 2) * kv
-    again = of(128, "parallel.context_parallel_size=2", "training.recompute=full")
-    assert again.exchanged["context"] == 512 * 15 * (1 + 2 + 1) * kv
+    for across, back in (("true", 2), ("false", 1)):
+        overrides = ["parallel.context_parallel_size=2", f"data.attend_across_samples={across}"]
+        assert of(128, *overrides).exchanged["context"] == 512 * 15 * (1 + back) * kv
+        again = of(128, *overrides, "training.recompute=full")
+        assert again.exchanged["context"] == 512 * 15 * (1 + back + 1) * kv
 
 
 RATE = 0.55 * 989.4e12
 
 
+@pytest.mark.parametrize("across", [False, True], ids=["samples apart", "across samples"])
 @pytest.mark.parametrize(
     ("tp", "cp", "link"),
     [(4, 1, 450e9), (4, 2, 450e9), (4, 4, 50e9)],
 )
-def test_a_parts_seconds_by_hand(tp: int, cp: int, link: float) -> None:
-    """Part 1 of 20 has 3 layers and nothing else. A group of up to 8 ranks is within a server."""
+def test_a_parts_seconds_by_hand(tp: int, cp: int, link: float, across: bool) -> None:
+    """Part 1 of 20 has 3 layers and nothing else. A group of up to 8 ranks is within a server. Keeping samples apart
+    under context parallelism costs the masked half of the scores: as many FLOPs as the other half."""
     item = of(tp * cp * 4, f"parallel.tensor_parallel_size={tp}", f"parallel.context_parallel_size={cp}",
-              "parallel.sequence_parallel=false")  # fmt: skip
-    compute = flops.layer_forward(BIG, 2048) / (tp * cp) / RATE
+              "parallel.sequence_parallel=false", f"data.attend_across_samples={str(across).lower()}")  # fmt: skip
+    masked = 2 * 2048**2 * 6656 * (cp > 1 and not across)
+    compute = (flops.layer_forward(BIG, 2048) + masked) / (tp * cp) / RATE
     tensor = 4 * (tp - 1) / tp * 2048 / cp * 6656 * 2 / (0.8 * 450e9)
     ring = 2 * (cp - 1) * 2048 / cp * 6656 / tp * 2 / (0.8 * link)
     forward, backward = item.part_seconds[1]
     assert forward == pytest.approx(3 * (compute + tensor + ring))
-    assert backward == pytest.approx(3 * (2 * compute + tensor + 2 * ring))
+    assert backward == pytest.approx(3 * (2 * compute + tensor + (2 if across else 1) * ring))
 
 
 @pytest.mark.parametrize("keeps", [False, True])

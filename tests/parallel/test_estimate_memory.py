@@ -9,7 +9,8 @@ import torch
 from emu2_megatron.config.loading import load
 from emu2_megatron.config.schema import Config, DecoderConfig
 from emu2_megatron.config.validate import validate
-from emu2_megatron.data.batch import targets
+from emu2_megatron.data.batch import cu_seqlens, share, targets
+from emu2_megatron.data.sequence import START
 from emu2_megatron.model.decoder import DTYPES, DecoderStage, MicroBatch, transformer_config
 from emu2_megatron.model.eva_vit import EvaVisionTransformer
 from emu2_megatron.parallel import estimate_memory, topology
@@ -41,36 +42,60 @@ def saved_bytes(module: torch.nn.Module, *inputs: object) -> int:
     return sum(storages.values())
 
 
-def decoder_run(layers: int, micro_batch: int, **training: object) -> Config:
-    base = harness.config(micro_batch_size=micro_batch, **training)
+def decoder_run(layers: int, micro_batch: int, across: bool = True, cp: int = 1, **training: object) -> Config:
+    base = harness.config(micro_batch_size=micro_batch, cp=cp, **training)
     decoder = DecoderConfig(num_layers=layers, hidden_size=64, num_attention_heads=4, ffn_hidden_size=176,
                             vocab_size=99, max_position_embeddings=128)  # fmt: skip
-    return replace(base, model=replace(base.model, decoder=decoder), data=replace(base.data, sequence_length=128))
+    return replace(
+        base,
+        model=replace(base.model, decoder=decoder),
+        data=replace(base.data, sequence_length=128, attend_across_samples=across),
+    )
 
 
 def stage_bytes(run: Config) -> int:
+    """Of a micro-batch of several samples a sequence, on the first context-parallel rank."""
     layers, batch = run.model.decoder.num_layers, run.training.micro_batch_size
     stage = DecoderStage(transformer_config(run, [layers]), run.model, [layers])
     for parameter in stage.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     tokens = torch.randint(0, 50, (batch, 128))
-    wanted = targets(tokens, torch.zeros(batch, 128, dtype=torch.uint8))
+    roles = torch.zeros(batch, 128, dtype=torch.uint8)
+    roles[:, [0, 40, 41, 100]] = START
+    held = share(128, 0, run.parallel.context_parallel_size)
+    apart = None if run.data.attend_across_samples else cu_seqlens(roles)
     features = torch.empty(0, run.model.encoder.hidden_size, dtype=DTYPES[run.training.precision])
-    return saved_bytes(stage, MicroBatch(tokens, wanted, features))
+    return saved_bytes(stage, MicroBatch(tokens[:, held.tokens], targets(tokens, roles, held), features, apart))
 
 
+@pytest.mark.parametrize("across", [False, True], ids=["samples apart", "across samples"])
 @pytest.mark.parametrize("recompute", ["none", "attention", "full"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("micro_batch", [1, 3])
 def test_a_layer_saves_what_is_estimated(
-    micro_batch: int, precision: str, recompute: str, world_of_one: topology.Topology
+    micro_batch: int, precision: str, recompute: str, across: bool, world_of_one: topology.Topology
 ) -> None:
     """The difference of three layers and two is one layer. Equal to the byte, but for the generator state that
     recompute keeps (5 KB)."""
-    more, less = (stage_bytes(decoder_run(n, micro_batch, precision=precision, recompute=recompute)) for n in (3, 2))
-    run = decoder_run(2, micro_batch, precision=precision, recompute=recompute)
-    estimated = estimate_memory.layer_saved(Work(run, 1, 0, transformer_engine=False))
-    assert more - less == pytest.approx(estimated, abs=0 if recompute == "none" else 6000)
+    more, less = (decoder_run(n, micro_batch, across, precision=precision, recompute=recompute) for n in (3, 2))
+    estimated = estimate_memory.layer_saved(Work(less, 1, 0, transformer_engine=False))
+    assert stage_bytes(more) - stage_bytes(less) == pytest.approx(estimated, abs=0 if recompute == "none" else 6000)
+
+
+def layer_bytes(_rank: int, across: bool, recompute: str) -> dict[str, int]:
+    """What one layer saves in a world of two context-parallel ranks."""
+    more, less = (decoder_run(n, 3, across, cp=2, recompute=recompute) for n in (3, 2))
+    topology.initialize(more)
+    return {"bytes": stage_bytes(more) - stage_bytes(less)}
+
+
+@pytest.mark.parametrize(("across", "recompute"), [(False, "none"), (True, "none"), (False, "attention")])
+def test_a_context_parallel_layer_saves_what_is_estimated(across: bool, recompute: str) -> None:
+    estimated = estimate_memory.layer_saved(
+        Work(decoder_run(2, 3, across, cp=2, recompute=recompute), 1, 0, transformer_engine=False)
+    )
+    for result in harness.run(2, layer_bytes, across, recompute):
+        assert result["bytes"] == pytest.approx(estimated, abs=0 if recompute == "none" else 6000)
 
 
 @pytest.mark.parametrize("pictures", [1, 3])
@@ -128,8 +153,8 @@ def test_other_layouts_agree_with_the_fake_world(name: str) -> None:
 
 def test_what_divides_activations() -> None:
     """Sequence and tensor parallelism together divide a layer's activations by TP, but for the rotary embedding;
-    context parallelism divides everything."""
-    overrides = ["data.shards=[any]", "data.tokenizer=any"]
+    context parallelism divides everything. As long as samples need not be kept apart: see the next test."""
+    overrides = ["data.shards=[any]", "data.tokenizer=any", "data.attend_across_samples=true"]
     whole = load("stage2", [*overrides, "parallel.tensor_parallel_size=1", "parallel.sequence_parallel=false"])
     rotary = 4 * 2 * 128 * 2048
 
@@ -144,6 +169,23 @@ def test_what_divides_activations() -> None:
     assert layer(split) - rotary == pytest.approx((base - rotary) / 4)
     context = load("stage2", [*overrides, "parallel.context_parallel_size=2"])
     assert layer(context) == pytest.approx(layer(split) / 2)
+
+
+def test_what_keeping_samples_apart_saves_on_a_gpu() -> None:
+    """By hand, for TP1: with one sequence in a micro-batch as much as otherwise. With two, the output of attention a
+    second time, position after position. With CP2, keys and values of both ranks and, in bf16, a mask."""
+
+    def layer(across: bool, *overrides: str) -> int:
+        fixed = ["data.shards=[any]", "data.tokenizer=any", "parallel.tensor_parallel_size=1",
+                 "parallel.sequence_parallel=false", f"data.attend_across_samples={str(across).lower()}"]  # fmt: skip
+        return estimate_memory.layer_saved(Work(load("stage2", [*fixed, *overrides]), 1, 16, transformer_engine=True))
+
+    assert layer(False) == layer(True)
+    two = "training.micro_batch_size=2"
+    assert layer(False, two) - layer(True, two) == 2 * 2048 * 6656 * 2
+    cp = "parallel.context_parallel_size=2"
+    assert layer(False, cp) - layer(True, cp) == 2 * 1024 * 6656 * 2 + 1024 * 2048 * 2
+    assert layer(False, cp, two) - layer(True, cp, two) == 2 * (3 * 1024 * 6656 * 2 + 1024 * 2048 * 2)
 
 
 def test_micro_batches_in_flight() -> None:

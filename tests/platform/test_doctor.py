@@ -137,7 +137,7 @@ def test_kernels_without_cuda_are_pytorchs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(kernels, "_installed", lambda package, part: True)  # installed, but nothing to run it on
     used = kernels.in_use()
-    assert used["attention"] == "PyTorch scaled_dot_product_attention" and used["optimizer"] == "torch.optim.AdamW"
+    assert used["attention"] == "PyTorch" and used["optimizer"] == "torch.optim.AdamW"
     assert used["fp8"] == "only emulated (fp8.emulate)"
 
 
@@ -154,8 +154,22 @@ def test_kernels_with_cuda(monkeypatch, installed, norm, adam):
     monkeypatch.setattr(kernels, "_installed", lambda package, part: package in installed)
     used = kernels.in_use()
     assert (used["norm"], used["optimizer"]) == (norm, adam)
-    assert (used["attention"] == used["linear"] == "Transformer Engine") is ("transformer_engine" in installed)
+    assert (used["linear"] == "Transformer Engine") is ("transformer_engine" in installed)
+    assert ("Transformer Engine" in used["attention"]) is ("transformer_engine" in installed)
     assert used["fp8"].startswith("Transformer Engine") is ("transformer_engine" in installed)
+
+
+def test_what_decodes(monkeypatch):
+    from emu2_megatron.data import decode
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for installed, line, backend in (
+        (("nvidia", "dali/experimental/dynamic"), "DALI on the CPU, else Pillow and PyAV", "dali"),
+        ((), "Pillow and PyAV", "pillow"),
+    ):
+        monkeypatch.setattr(kernels, "_installed", lambda *about, installed=installed: about == installed)
+        assert rows()["pictures and videos"].found == line and decode.backend() == backend
+    assert rows()["nvidia.dali (faster decoding of pictures and clips)"].fix == "pip install -e .[dali]"
 
 
 def test_the_apex_of_pypi_is_another_one(monkeypatch, tmp_path):

@@ -24,7 +24,7 @@ def emu2(command: str, shards: Path, *arguments: str) -> subprocess.CompletedPro
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     settings = ["parallel.tensor_parallel_size=1", "parallel.pipeline_parallel_size=1", "training.precision=bf16",
                 "parallel.data_parallel_size=1", "training.global_batch_size=4", "training.micro_batch_size=2",
-                "training.steps=4", "logging.every=1", "logging.tensorboard=false"]  # fmt: skip
+                "training.steps=4", "logging.every=1", "logging.tensorboard=false", "data.max_bad_share=1"]  # fmt: skip
     return subprocess.run(
         [sys.executable, "-m", "emu2_megatron.cli", command, "--config", "tiny_interleaved"]
         + [f"data.shards=[{shards}/**/*.tar]", *settings, *arguments],
@@ -62,7 +62,9 @@ def embedded(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("features")
     done = emu2("embed", shards, "--output", str(folder))
     assert done.returncode == 0, done.stderr
-    assert "pictures: 11" in done.stdout and "samples left as they were: picture cannot be decoded: 1" in done.stdout
+    assert (
+        "pictures: 11" in done.stdout and "samples left as they were: picture is cut off or damaged: 1" in done.stdout
+    )
     return folder
 
 
@@ -90,8 +92,8 @@ def test_the_same_run_to_the_bit(shards: Path, embedded: Path, tmp_path: Path) -
         skipped[name] = [record["skipped_samples"] for record in records]
         files = (tmp_path / name / "checkpoints").rglob("*.distcp")
         weights[name] = {file.name: file.read_bytes() for file in files}
-        cursors = tmp_path / name / "checkpoints" / "step_00000004" / "trainer.json"
-        weights[name]["cursors"] = cursors.read_bytes()
+        place = tmp_path / name / "checkpoints" / "step_00000004" / "trainer.json"
+        weights[name]["place"] = place.read_bytes()
     assert len(logs["pictures"]) == 4 and len(weights["pictures"]) > 1
     assert logs["features"] == logs["pictures"] == logs["prefetch"]
     assert weights["features"] == weights["pictures"] == weights["prefetch"]

@@ -1,6 +1,7 @@
-"""The mean predictor's loss against its definition, MFU against its parts."""
+"""The mean predictor's loss against its definition, MFU against its parts, balance by hand."""
 
 from dataclasses import replace
+from typing import Any
 
 import harness
 import pytest
@@ -34,21 +35,40 @@ def world_of_one():
     topology.stop()
 
 
+def record_of(*counts: list[int]) -> dict[str, Any]:
+    """The record of a step for each of `counts`."""
+    config = harness.config()
+    meter = Meter(config, peak=1e9)
+    moments = torch.zeros(2 * config.model.encoder.hidden_size + 1).double()
+    for step in counts:
+        output = StepOutput(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(step), moments, {})
+        report = StepReport(output, 1.0, 1.0, 1.0, 1.0, loss_scale=1.0, skipped_updates=0)
+        meter.add(report)
+    return meter.record(len(counts), report, 0)
+
+
 def test_mfu_counts_the_pictures_that_were_encoded(world_of_one: topology.Topology) -> None:
     """Two steps of 8 sequences, 11 pictures and 40 regressed embeddings; 5 pictures came as features."""
     config = harness.config()
-    meter = Meter(config, peak=1e9)
-    counts = torch.tensor([100, 40, 11, 8, 6])
-    width = config.model.encoder.hidden_size
-    output = StepOutput(torch.tensor(1.0), torch.tensor(1.0), counts, torch.zeros(2 * width + 1).double(), {})
-    report = StepReport(output, 1.0, 1.0, 1.0, 1.0, loss_scale=1.0, skipped_updates=0)
-    meter.add(report)
-    meter.add(report)
-    record = meter.record(2, report, 0)
+    counts = [100, 40, 11, 8, 6, 0, 6]
+    record = record_of(counts, counts)
     seconds = 2 * record["step_seconds"]
     done = flops.step_flops(config, 16, 22, 12, 80).total
     assert record["tflops_per_second"] == pytest.approx(done / seconds / 1e12)
     assert record["mfu"] == pytest.approx(done / seconds / 1e9)
+
+
+def test_balance_and_padding(world_of_one: topology.Topology) -> None:
+    """8 sequences of 24 tokens a step. Four replicas encode 1, 2, 3 and 2 pictures: everybody waits for the third, so
+    8 of 12 are used. A step counts by its work, not as one of two."""
+    one, other = [9, 4, 8, 8, 8, 48, 1, 2, 3, 2], [9, 4, 40, 8, 40, 0, 10, 10, 10, 10]
+    assert record_of(one)["encoder_balance"] == pytest.approx(8 / 12)
+    assert record_of(one)["padding_share"] == 0.25
+    both = record_of(one, other)
+    assert both["encoder_balance"] == pytest.approx(48 / 52) and both["padding_share"] == 0.125
+    assert record_of(other)["encoder_balance"] == 1.0
+    # Nobody has anything to encode: nobody waits.
+    assert record_of([9, 0, 3, 8, 0, 0, 0, 0, 0, 0])["encoder_balance"] == 1.0
 
 
 def test_the_peak_of_a_cpu_is_measured_and_said_to_be(world_of_one: topology.Topology) -> None:

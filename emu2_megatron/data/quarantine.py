@@ -1,0 +1,72 @@
+"""Samples that cannot be used: counted by reason, listed once each in a file; too many of them end the run."""
+
+import json
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from emu2_megatron.data.samples import reason_of
+from emu2_megatron.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+ENOUGH = 100
+"""Samples that have to be read before their share of bad ones means anything."""
+
+
+class Quarantine:
+    """The bad samples that one rank has met.
+
+    Args:
+        file: JSON lines, one a sample: shard, key, byte at which it begins, reason and the whole message; appended to.
+            None writes none.
+        max_share: of the samples read; more bad ones end the run.
+    """
+
+    def __init__(self, file: Path | None, max_share: float) -> None:
+        self.file, self.max_share = file, max_share
+        self.read = self.bad = 0
+        self.reasons: Counter[str] = Counter()
+        self._listed: set[tuple[str, int]] = set()
+
+    def good(self) -> None:
+        """One more sample was read and is fine, so far."""
+        self.read += 1
+
+    def add(self, shard: str, offset: int, key: str, error: DataError, new: bool = True) -> None:
+        """One more cannot be used.
+
+        Args:
+            shard, offset: where it is.
+            key: its name, if that is known.
+            error: what is wrong, "reason: detail".
+            new: whether it has not been counted by `good` before.
+
+        Raises:
+            DataError: too many are bad.
+        """
+        reason = reason_of(error)
+        self.read += new
+        self.bad += 1
+        self.reasons[reason] += 1
+        if (shard, offset) not in self._listed:
+            self._listed.add((shard, offset))
+            logger.warning("skipped sample %s of %s: %s", key, shard, error)
+            self._write({"shard": shard, "key": key, "byte": offset, "reason": reason, "error": str(error)})
+        if self.read >= ENOUGH and self.bad > self.max_share * self.read:
+            where = f"; they are listed in {self.file}" if self.file else ""
+            raise DataError(
+                f"data.max_bad_share: {self.bad} of {self.read} samples cannot be used, allowed is a share of "
+                f"{self.max_share:g} ({_listed(self.reasons)}){where}"
+            )
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(entry) + "\n")
+
+
+def _listed(reasons: Counter[str]) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
