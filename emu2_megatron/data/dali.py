@@ -165,14 +165,21 @@ def _encoded(ndd: Any, batch: list[_Item]) -> Any:
 def _resized(ndd: Any, types: Any, batch: Any, size: int) -> list[torch.Tensor]:
     """A batch of [H, W, 3] or [frames, H, W, 3] as contiguous tensors with 3, size, size last."""
     if _device() == "cpu":
-        pixels = [tensor.torch() for tensor in batch.tensors]
+        pixels = _views(batch)
         parts = [part for tensor in pixels for part in (tensor if tensor.ndim == 4 else tensor[None])]
         squares = iter(threads.in_threads(partial(resize, size=size), parts))
         return [
             torch.stack([next(squares) for _ in tensor]) if tensor.ndim == 4 else next(squares) for tensor in pixels
         ]
     square = ndd.resize(batch, size=[float(size), float(size)], interp_type=types.INTERP_CUBIC, antialias=True)
-    return [tensor.torch().movedim(-1, -3).contiguous() for tensor in square.tensors]
+    return [pixels.movedim(-1, -3).contiguous() for pixels in _views(square)]
+
+
+def _views(batch: Any) -> list[torch.Tensor]:
+    """A batch's items as PyTorch tensors in DALI's memory. The batch is of no use afterwards."""
+    views = [tensor.torch() for tensor in batch.tensors]
+    vars(batch).clear()  # of reference cycles: until they are found, memory and decoders would pile up
+    return views
 
 
 @contextmanager

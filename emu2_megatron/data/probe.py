@@ -147,7 +147,7 @@ def _check_jpeg(data: bytes) -> None:
         _, scan = _jpeg_segment(data, 2, _SCAN)
     except IndexError:
         raise _damaged("a JPEG without a scan") from None
-    if data.find(_EOI, scan) < 0:
+    if data.rfind(_EOI, scan) < 0:
         raise _damaged("a JPEG without its end mark")
 
 

@@ -4,6 +4,7 @@ Tolerances: pictures are decoded to the same bits; resized they differ by at mos
 average. Frames, converted from YUV by other code, are at least 40 dB from PyAV's, resized.
 """
 
+import gc
 import io
 import logging
 import subprocess
@@ -219,6 +220,21 @@ def test_batches_are_never_empty_and_bounded(monkeypatch: pytest.MonkeyPatch) ->
     assert [[item.place for item in batch] for batch in dali._batches(items)] == [[0, 1], [2], [3], [4], [5]]
     assert list(dali._batches([])) == []
     assert dali.decode([], 32) == {} and dali.decode([EncodedVideo(clips.clip("vp8.webm"), ())], 32) == {}
+
+
+def test_nothing_waits_for_the_garbage_collector() -> None:
+    """DALI's batches and their items refer to each other: memory and decoders would pile up until they are found."""
+    visuals = [EncodedPicture(clips.encode(clips.photo())), EncodedVideo(clips.clip("vp8.webm"), (1, 2))]
+    visuals += [EncodedPicture(clips.png(40, 50, bytes(200)))]
+    decode.decode(visuals, 32)
+    gc.collect()
+    gc.disable()
+    try:
+        decode.decode(visuals, 32)
+        left = [kind.__name__ for kind in map(type, gc.get_objects()) if str(kind.__module__).startswith("nvidia.dali")]
+        assert left.count("Batch") == left.count("Tensor") == left.count("Invocation") == 0
+    finally:
+        gc.enable()
 
 
 def test_a_broken_installation_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
