@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from emu2_megatron.config.schema import DataConfig
+from emu2_megatron.data import probe
 from emu2_megatron.data.features import EXTENSION
 from emu2_megatron.data.shards import PICTURE_EXTENSIONS, VIDEO_EXTENSIONS, RawSample
 from emu2_megatron.data.visuals import BoxPicture
@@ -244,8 +245,8 @@ def _size(raw: RawSample) -> tuple[int, int]:
     """Width and height of the picture that boxes are in."""
     size = raw.meta.get("width"), raw.meta.get("height")
     for name, value in zip(("width", "height"), size, strict=True):
-        if type(value) is not int or value < 1:
-            raise malformed(raw, f"`{name}` is {value!r}, boxes need the picture's in pixels")
+        if type(value) is not int or not 1 <= value <= probe.MAX_PIXELS:
+            raise malformed(raw, f"`{name}` is no size of a picture in pixels, which boxes need")
     return size  # type: ignore[return-value]
 
 

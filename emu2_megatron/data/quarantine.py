@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ class Quarantine:
             self._listed.add((shard, offset))
             logger.warning("skipped sample %s of %s: %s", key, shard, error)
             self._write({"shard": shard, "key": key, "byte": offset, "reason": reason, "error": str(error)})
-        if self.read >= ENOUGH and self.bad > self.max_share * self.read:
+        # Five standard deviations beyond the share: thousands of ranks look at every read, and chance must end none.
+        allowed = self.max_share * self.read
+        if self.read >= ENOUGH and self.bad > allowed + 5 * math.sqrt(allowed * (1 - self.max_share)):
             where = f"; they are listed in {self.file}" if self.file else ""
             raise DataError(
                 f"data.max_bad_share: {self.bad} of {self.read} samples cannot be used, allowed is a share of "

@@ -113,7 +113,10 @@ def _block(raw: RawSample, piece: Piece, tokenizer: Tokenizer, config: Config, f
             return _Block([tokenizer.eos], [TEXT_TARGET * target])
         case Token(name, target):
             if name not in tokenizer.ids:
-                raise DataError(f"vocabulary has no {name}: {raw.key} needs Emu2-Chat's (model.preset=emu2_chat_37b)")
+                raise DataError(
+                    f"vocabulary has no {name}: {raw.key} is a chat; give it Emu2-Chat's two tokens by a "
+                    "model.decoder.vocab_size that is two larger"
+                )
             return _Block([tokenizer.ids[name]], [TEXT_TARGET * target])
         case Show():
             return _shown(raw, piece, tokenizer, config, frames)

@@ -232,3 +232,11 @@ def test_what_is_no_picture_and_no_text(tokenizer: Tokenizer, make_config: MakeC
         build_sample(_caption(b"junk"), tokenizer, make_config(), 0, 0)
     with pytest.raises(DataError, match="^text is not valid Unicode: "):
         build_sample(_caption(make_png(), "\udc80"), tokenizer, make_config(), 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["grounded", "generation"])
+def test_a_size_beyond_all_numbers(tokenizer: Tokenizer, make_config: MakeConfig, make_png: MakePng, kind: str) -> None:
+    phrase = {"phrase": "the", "boxes": [[0.5, 0, 3, 4]], "box": [0.5, 0, 3, 4], "image": "0.png"}
+    meta = {"kind": kind, "image": "0.png", "target": "0.png", "width": 10**400, "height": 5, "content": [phrase]}
+    with pytest.raises(DataError, match="^sample does not follow the format: k: `width` is no size"):
+        build_sample(RawSample("k", meta, {"0.png": make_png()}), tokenizer, make_config(), 0, 0)
