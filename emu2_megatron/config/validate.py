@@ -195,6 +195,12 @@ def _longest_picture(config: Config) -> int:
     return max(config.model.image_queries, config.model.frame_queries) + _PICTURE_FRAME
 
 
+def _longest_shown(config: Config) -> int:
+    """Tokens of a picture or a video with its markers, and `<s>` before it."""
+    video = 1 + max(config.data.video_frames) * (config.model.frame_queries + 2)
+    return 1 + max(config.model.image_queries + 2, video)
+
+
 def _warmup_fits(config: Config) -> bool:
     return config.optimizer.warmup_steps is None or config.optimizer.warmup_steps <= config.training.steps
 
@@ -455,6 +461,31 @@ RULES: list[Rule] = [
     ),
     Rule("data.shards", lambda config: len(config.data.shards) > 0, lambda _: _MAKE_SHARDS),
     *map(_one_a_source, ("data.weights", "data.samples_per_step")),
+    Rule(
+        "data.samples_per_step",
+        lambda config: (
+            not config.data.samples_per_step or sum(config.data.samples_per_step) >= config.training.global_batch_size
+        ),
+        lambda config: (
+            f"legal: together training.global_batch_size {config.training.global_batch_size} or more, or sequences "
+            "would be empty"
+        ),
+    ),
+    Rule(
+        "data.document_pictures",
+        lambda config: config.data.document_pictures >= max(config.data.video_frames),
+        lambda config: (
+            f"a video in a document has up to {max(config.data.video_frames)} frames (data.video_frames), which count "
+            f"as pictures; legal: {max(config.data.video_frames)} or more"
+        ),
+    ),
+    Rule(
+        "data.document_tokens",
+        lambda config: config.data.document_tokens >= _longest_shown(config),
+        lambda config: (
+            f"a picture or video in a document has up to {_longest_shown(config)} tokens; legal: that or more"
+        ),
+    ),
     Rule(
         "data.tokenizer",
         lambda config: config.data.tokenizer != "",

@@ -31,7 +31,8 @@ from emu2_megatron.data.tokenizer import Tokenizer
 from emu2_megatron.errors import CheckpointError, ConfigError, DataError
 
 State = dict[str, Any]
-"""A loader's place as JSON: `samples` (of each source) and `slots` (by number: `rows`, `drawn`, `waiting`, `used`)."""
+"""A loader's place as JSON: `slots` (by number: `rows`, `drawn`, `waiting`, `used`), and what the order of the data
+depends on besides: `samples` of each source, `global_batch_size`, `seed`, and how sources are blended."""
 
 
 class Loader:
@@ -95,19 +96,20 @@ class Loader:
     def state(self) -> State:
         """The place after the last batch handed out."""
         slots = {str(slot): place.state() for slot, place in self._places.items()}
-        return {"samples": [len(source) for source in self.sources], "slots": slots}
+        return {**self._order(), "slots": slots}
 
     def load_state(self, state: State) -> None:
         """Continues from a `state`, one's own or those of all ranks merged: slots of others are ignored.
 
         Raises CheckpointError if it is of other data or lacks one of this loader's slots.
         """
-        samples = [len(source) for source in self.sources]
-        if state.get("samples") != samples:
-            raise CheckpointError(
-                f"the saved place in the data is in sources of {state.get('samples')} samples, data.shards has "
-                f"{samples}; give the shards, in the order, that the saved run had"
-            )
+        for name, value in self._order().items():
+            if state.get(name) != value:
+                raise CheckpointError(
+                    f"the saved place in the data is of another order: {name} was {state.get(name)} and is {value}; "
+                    "give data.shards, data.weights, data.samples_per_step, training.global_batch_size and "
+                    "training.seed as the saved run had them"
+                )
         self._places = {slot: self._restored(slot, state) for slot in self.slots}
         self._prefetch = None  # a step already being prepared touches nothing but its own copy of the places
 
@@ -123,6 +125,17 @@ class Loader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _order(self) -> State:
+        """What decides which sample a slot reads next, besides its own place."""
+        data, training = self._config.data, self._config.training
+        return {
+            "samples": [len(source) for source in self.sources],
+            "global_batch_size": training.global_batch_size,
+            "seed": training.seed,
+            "weights": list(data.weights),
+            "samples_per_step": list(data.samples_per_step),
+        }
 
     def _restored(self, slot: int, state: State) -> "_Place":
         slots = state.get("slots", {})
@@ -279,7 +292,7 @@ def open_sources(config: Config) -> list[ShardIndex]:
 def merged(states: Sequence[State]) -> State:
     """The place of all ranks, from the `state` of each."""
     slots = {slot: place for state in states for slot, place in state["slots"].items()}
-    return {"samples": states[0]["samples"], "slots": dict(sorted(slots.items(), key=lambda item: int(item[0])))}
+    return {**states[0], "slots": dict(sorted(slots.items(), key=lambda item: int(item[0])))}
 
 
 class _Drawn(NamedTuple):

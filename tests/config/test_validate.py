@@ -121,11 +121,14 @@ def test_two_ways_of_blending():
         ("data__sequence_length", 8, 7),
         ("data__max_bad_share", 1.0, 1.01),
         ("data__phrase_first_probability", 1.0, 1.01),
-        ("data__video_frames", (8, 12, 16), (8, 0)),
+        ("data__video_frames", (4, 6, 8), (8, 0)),
+        ("data__document_pictures", 8, 7),  # data.video_frames is 8
+        ("data__document_tokens", 50, 49),  # <s> [VIDEO] and 8 frames of [IMG], 4 embeddings, [/IMG]
         ("data__video_frames", (1,), ()),
         ("data__weights", (0.5,), (0.0,)),
         ("data__weights", (), (1.0, 2.0)),  # of one entry of data.shards
         ("data__samples_per_step", (12800,), (-1,)),
+        ("data__samples_per_step", (2048,), (2047,)),  # of training.global_batch_size 2048
         ("data__samples_per_step", (), (4, 4)),
         ("fp8__recipe", "none", "fp8"),
         ("fp8__amax_compute", "most_recent", "mean"),

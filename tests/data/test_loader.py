@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -160,7 +161,7 @@ def test_state_is_of_the_last_batch_not_of_the_prefetch(
 ) -> None:
     with Loader(make_config(shards=(good,)), tokenizer, [0, 1]) as loader:
         fresh = {"rows": 0, "drawn": [0], "waiting": [], "used": [0, 0]}
-        assert loader.state() == {"samples": [NUM_SAMPLES], "slots": {"0": fresh, "1": fresh}}
+        assert loader.state()["samples"] == [NUM_SAMPLES] and loader.state()["slots"] == {"0": fresh, "1": fresh}
         rows = next(loader)
         assert loader._prefetch is not None
         loader._prefetch.result()  # the next step is ready
@@ -173,13 +174,18 @@ def test_state_is_of_the_last_batch_not_of_the_prefetch(
 def test_load_state_refuses_another_run(good: str, tokenizer: Tokenizer, make_config: MakeConfig) -> None:
     place = {"rows": 1, "drawn": [2], "waiting": [[0, 1]], "used": [20, 1]}
     with Loader(make_config(shards=(good,)), tokenizer, [0, 3]) as loader:
+        order = {name: value for name, value in loader.state().items() if name != "slots"}
         for wrong in (None, {}, {**place, "drawn": [-1]}, {**place, "drawn": [1, 1]}, {**place, "waiting": [7]}):
             slots = {"0": place} if wrong is None else {"0": place, "3": wrong}
             with pytest.raises(CheckpointError, match="slot 3.*global_batch_size"):
-                loader.load_state({"samples": [NUM_SAMPLES], "slots": slots})
-        with pytest.raises(CheckpointError, match=r"sources of \[5\] samples, data.shards has \[23\]"):
-            loader.load_state({"samples": [5], "slots": {"0": place, "3": place}})
-        loader.load_state({"samples": [NUM_SAMPLES], "slots": {"0": place, "3": place}})
+                loader.load_state({**order, "slots": slots})
+        same = {**order, "slots": {"0": place, "3": place}}
+        for name, other in (
+            ("samples", [5]), ("global_batch_size", 8), ("seed", 8), ("weights", [1.0]), ("samples_per_step", [4]),
+        ):  # fmt: skip
+            with pytest.raises(CheckpointError, match=f"another order: {name} was {re.escape(str(other))} and is "):
+                loader.load_state({**same, name: other})
+        loader.load_state(same)
 
 
 def test_bad_samples_are_skipped_counted_and_listed_once(
