@@ -114,7 +114,7 @@ class Loader:
         self._prefetch = None  # a step already being prepared touches nothing but its own copy of the places
 
     def close(self) -> None:
-        """Ends the background thread, within about one sample's time. `next` cannot be called any more."""
+        """Ends the background thread; what is being decoded is finished first. `next` cannot be called any more."""
         self._closed.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
