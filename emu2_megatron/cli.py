@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import emu2_megatron
+from emu2_megatron.config.schema import Config
 from emu2_megatron.errors import ConfigError, Emu2Error
 from emu2_megatron.platform.gpus import GPUS
 
@@ -75,12 +76,18 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     )  # fmt: skip
 
 
-def _embed(name_or_file: str, overrides: Sequence[str], output: str) -> int:
+def _with_files(name_or_file: str, overrides: Sequence[str]) -> Config:
+    """A configuration that can run, whose data is on this machine."""
     from emu2_megatron.config import loading, validate
 
     config = loading.load(name_or_file, overrides)
     validate.validate(config, None)
     validate.validate_files(config)
+    return config
+
+
+def _embed(name_or_file: str, overrides: Sequence[str], output: str) -> int:
+    config = _with_files(name_or_file, overrides)
 
     from emu2_megatron.training.embed import embed
 
@@ -92,11 +99,7 @@ def _embed(name_or_file: str, overrides: Sequence[str], output: str) -> int:
 
 
 def _inspect(name_or_file: str, overrides: Sequence[str], rows: int, output: str) -> int:
-    from emu2_megatron.config import loading, validate
-
-    config = loading.load(name_or_file, overrides)
-    validate.validate(config, None)
-    validate.validate_files(config)
+    config = _with_files(name_or_file, overrides)
 
     from emu2_megatron.data.inspect import inspect
 

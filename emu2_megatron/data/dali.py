@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from emu2_megatron.data import probe, video
+from emu2_megatron.data.filetypes import picture_format
 from emu2_megatron.data.visuals import Encoded, EncodedPicture, EncodedVideo
 from emu2_megatron.errors import ConfigError, DataError
 from emu2_megatron.platform import threads
@@ -93,7 +94,7 @@ def resize(pixels_HW3: torch.Tensor, size: int) -> torch.Tensor:
 
 def _item(place: int, visual: Encoded) -> _Item | None:
     try:
-        if isinstance(visual, EncodedPicture) and probe.picture_format(visual.data) in PICTURE_FORMATS:
+        if isinstance(visual, EncodedPicture) and picture_format(visual.data) in PICTURE_FORMATS:
             width, height = probe.picture_structure(visual.data)
             return _Item(place, width * height, visual.data, ())
         if isinstance(visual, EncodedVideo) and visual.frames:

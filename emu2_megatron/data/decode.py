@@ -66,14 +66,6 @@ def decode(visuals: Sequence[Encoded], size: int) -> list[torch.Tensor | DataErr
     return [done[place] for place in range(len(visuals))]
 
 
-def decode_image(data: bytes, size: int) -> torch.Tensor:
-    """One picture file as uint8 [3, size, size]; raises the DataError that `decode` returns."""
-    (result,) = decode([EncodedPicture(data)], size)
-    if isinstance(result, DataError):
-        raise result
-    return result[0]
-
-
 def _decode(visual: Encoded, size: int, resize: _Resize) -> torch.Tensor | DataError:
     """By Pillow and PyAV."""
     try:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from threading import Event
 from types import TracebackType
@@ -72,6 +73,8 @@ class Loader:
         self._config = config
         self._tokenizer = tokenizer
         self._shares = shares(config.data)
+        # Numbers go on from source to source: samples of different sources must not draw alike.
+        self._firsts = [0, *accumulate(map(len, self.sources))]
         start = _Place(0, (0,) * len(self.sources), (), Cost(0, 0))
         self._places = {slot: start for slot in self.slots}
         self._quarantine = Quarantine(quarantine, config.data.max_bad_share)
@@ -202,7 +205,7 @@ class Loader:
     def _refill(self, slot: int, pool: "list[_Drawn]", drawn: list[int], skipped: Counter[str]) -> None:
         """Draw until the pool has data.packing_buffer samples."""
         bad: set[tuple[int, int]] = set()
-        number = sum(map(len, self.sources))
+        number = self._firsts[-1]
         while len(pool) < self._config.data.packing_buffer:
             source = source_at(slot, sum(drawn), self._shares)
             found = self._draw(slot, source, drawn, skipped)
@@ -228,12 +231,10 @@ class Loader:
         index = self.sources[drawn.source]
         shard, offset = index.locate(number)
         key = f"(at byte {offset})"
-        # Samples of different sources must not draw alike.
-        before = sum(len(source) for source in self.sources[: drawn.source])
         try:
             raw = index.read(number)
             key = raw.key
-            sample = build_sample(raw, self._tokenizer, self._config, epoch, before + number)
+            sample = build_sample(raw, self._tokenizer, self._config, epoch, self._firsts[drawn.source] + number)
         except DataError as error:
             skipped[reason_of(error)] += 1
             self._quarantine.add(shard, offset, key, error)

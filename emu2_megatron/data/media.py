@@ -3,6 +3,7 @@
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from emu2_megatron.data.filetypes import container, picture_format
 from emu2_megatron.data.shards import PICTURE_EXTENSIONS, VIDEO_EXTENSIONS
 from emu2_megatron.errors import DataError
 
@@ -72,16 +73,14 @@ def _read(path: str, root: Path) -> bytes:
 
 def sniff(data: bytes) -> str:
     """The extension of a picture's or video's content by its first bytes; empty if it is none of ours."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "jpg"
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    if data.startswith((b"GIF87a", b"GIF89a")):
-        return "gif"
-    if data.startswith(b"RIFF"):
-        return {b"WEBP": "webp", b"AVI ": "avi"}.get(data[8:12], "")
-    if data[4:8] == b"ftyp":
-        return "mov" if data[8:12] == b"qt  " else "mp4"
-    if data.startswith(b"\x1a\x45\xdf\xa3"):  # Matroska, which says further on whether it is a webm
+    if picture := picture_format(data):
+        return _PICTURE_EXTENSION[picture]
+    kind = container(data)
+    if kind == "matroska":  # which says further on whether it is a webm
         return "webm" if b"webm" in data[:64] else "mkv"
-    return ""
+    if kind == "mp4" and data[4:8] == b"ftyp":
+        return "mov" if data[8:12] == b"qt  " else "mp4"
+    return "avi" if kind == "avi" else ""
+
+
+_PICTURE_EXTENSION = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif"}

@@ -8,12 +8,8 @@ import struct
 import zlib
 
 from emu2_megatron.data import video as clips
+from emu2_megatron.data.filetypes import PICTURE_FORMATS, VIDEO_FORMATS, container, picture_format
 from emu2_megatron.errors import DataError
-
-PICTURE_FORMATS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP", "gif": "GIF"}
-"""Extensions of pictures and what has to be in them."""
-VIDEO_FORMATS = {"mp4": "mp4", "mov": "mp4", "webm": "matroska", "mkv": "matroska", "avi": "avi"}
-"""Extensions of videos and the container they name; .mov and .mp4 are one family, and so are .webm and .mkv."""
 
 MAX_PIXELS = 2**26
 """Pictures with more pixels (8192 x 8192) are refused unread: some 200 MB of memory each, or an attack."""
@@ -47,24 +43,13 @@ def video(name: str, data: bytes) -> int:
     """
     _not_empty(name, data)
     wanted = VIDEO_FORMATS.get(_extension(name))
-    found = clips.container(data)
+    found = container(data)
     if wanted is None or found != wanted:
         raise _mismatch(name, found or "no video that is known", VIDEO_FORMATS)
     clip = clips.index(data)
     if clip.width * clip.height > MAX_PIXELS:
         raise DataError(f"video is too large: {clip.width} x {clip.height} pixels, limit {MAX_PIXELS}")
     return len(clip.times)
-
-
-def picture_format(data: bytes) -> str | None:
-    """JPEG, PNG, WEBP or GIF by a file's first bytes, or None."""
-    if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if data.startswith(_PNG):
-        return "PNG"
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return "WEBP"
-    return "GIF" if data.startswith((b"GIF87a", b"GIF89a")) else None
 
 
 def picture_structure(data: bytes) -> tuple[int, int]:

@@ -30,11 +30,12 @@ from typing import Any
 
 import numpy as np
 
+from emu2_megatron.data.filetypes import PICTURE_FORMATS, VIDEO_FORMATS
 from emu2_megatron.data.index_file import count_samples, index_bytes, index_path, load_spans
 from emu2_megatron.errors import DataError
 
-PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif")
-VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi")
+PICTURE_EXTENSIONS = tuple(PICTURE_FORMATS)
+VIDEO_EXTENSIONS = tuple(VIDEO_FORMATS)
 MEMBER_EXTENSIONS = (*PICTURE_EXTENSIONS, *VIDEO_EXTENSIONS, "safetensors")
 """What a sample's members end with, besides its json: pictures, videos, features of pictures."""
 

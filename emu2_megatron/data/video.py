@@ -16,6 +16,7 @@ import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
+from emu2_megatron.data.filetypes import container
 from emu2_megatron.errors import DataError
 
 Result = TypeVar("Result")
@@ -41,15 +42,6 @@ class Clip:
     """Those of `times` at which decoding can start."""
     hidden: int
     """Packets that are decoded but not shown."""
-
-
-def container(data: bytes) -> str | None:
-    """mp4, matroska or avi by a file's first bytes, or None."""
-    if data[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip"):  # old .mov files lack ftyp
-        return "mp4"
-    if data.startswith(b"\x1a\x45\xdf\xa3"):
-        return "matroska"
-    return "avi" if data.startswith(b"RIFF") and data[8:12] == b"AVI " else None
 
 
 def index(data: bytes) -> Clip:

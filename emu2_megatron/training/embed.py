@@ -20,9 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from emu2_megatron.config.schema import Config
 from emu2_megatron.data.decode import decode, normalize
 from emu2_megatron.data.features import ENCODER, EXTENSION, to_bytes
-from emu2_megatron.data.probe import VIDEO_FORMATS, picture
+from emu2_megatron.data.probe import picture
 from emu2_megatron.data.samples import reason_of
-from emu2_megatron.data.shards import UNREADABLE, RawSample, ShardIndex, shard_paths, write_shard
+from emu2_megatron.data.shards import UNREADABLE, VIDEO_EXTENSIONS, RawSample, ShardIndex, shard_paths, write_shard
 from emu2_megatron.data.visuals import EncodedPicture
 from emu2_megatron.errors import ConfigError, DataError, FeaturesError
 from emu2_megatron.model.eva_vit import EvaVisionTransformer
@@ -145,7 +145,7 @@ def _read(index: ShardIndex, i: int) -> tuple[RawSample, str]:
     extensions = {name.rpartition(".")[2].lower() for name in raw.files}
     if EXTENSION in extensions:
         return raw, "has features already"
-    if extensions & VIDEO_FORMATS.keys():
+    if extensions & set(VIDEO_EXTENSIONS):
         return raw, "has a video"
     try:
         for name, data in raw.files.items():

@@ -15,7 +15,7 @@ from PIL import Image
 
 from emu2_megatron.data import decode as module
 from emu2_megatron.data import probe
-from emu2_megatron.data.decode import box_picture, decode, decode_image, normalize
+from emu2_megatron.data.decode import box_picture, decode, normalize
 from emu2_megatron.data.visuals import BoxPicture, Encoded, EncodedPicture, EncodedVideo
 from emu2_megatron.errors import DataError
 from emu2_megatron.platform import kernels, threads
@@ -231,11 +231,10 @@ def test_from_several_threads_at_once() -> None:
                 assert torch.equal(a, b) if isinstance(a, torch.Tensor) else str(a) == str(b)
 
 
-def test_decode_image_raises() -> None:
-    data = encode(clips.photo())
-    assert np.array_equal(decode_image(data, 16).numpy(), one(data, 16))
-    with pytest.raises(DataError, match="^picture cannot be decoded: neither JPEG nor PNG, WebP or GIF"):
-        decode_image(b"junk", 16)
+def test_what_is_no_picture() -> None:
+    (error,) = decode([EncodedPicture(b"junk")], 16)
+    assert isinstance(error, DataError)
+    assert str(error).startswith("picture cannot be decoded: neither JPEG nor PNG, WebP or GIF")
 
 
 STARTS = [b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\x20\0\0\0WEBP", b"GIF89a"]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from emu2_megatron.data import probe
+from emu2_megatron.data.filetypes import VIDEO_FORMATS
 from emu2_megatron.errors import DataError
 
 SMALL = Image.linear_gradient("L").resize((24, 20)).convert("RGB")
@@ -71,7 +72,7 @@ def test_cut_off_pictures(name: str) -> None:
 @pytest.mark.parametrize("name", ["0.jpg", "0.png", "0.webp", "0.gif", "0.mp4", "0.webm"])
 def test_empty_files(name: str) -> None:
     with pytest.raises(DataError, match=f"^file is empty: {name}$"):
-        (probe.video if name[2:] in probe.VIDEO_FORMATS else probe.picture)(name, b"")
+        (probe.video if name[2:] in VIDEO_FORMATS else probe.picture)(name, b"")
 
 
 def test_wrong_extensions() -> None:

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emu2_megatron.data import video
+from emu2_megatron.data.filetypes import container
 from emu2_megatron.errors import DataError
 
 
@@ -143,14 +144,14 @@ def test_a_long_mp4_says_its_size_in_eight_bytes() -> None:
 def test_containers_by_their_beginning() -> None:
     kinds = {"mp4": "mp4", "mov": "mp4", "webm": "matroska", "mkv": "matroska", "avi": "avi"}
     for name in clips.NAMES:
-        assert video.container(clips.clip(name)) == kinds[name.rpartition(".")[2]]
+        assert container(clips.clip(name)) == kinds[name.rpartition(".")[2]]
     for data in (
         b"",
         b"RIFF\0\0\0\0WEBPVP8 ",
         b"#EXTM3U\n#EXTINF:1,\n/etc/passwd\n",
         b"ffconcat version 1.0\nfile x\n",
     ):
-        assert video.container(data) is None
+        assert container(data) is None
         with pytest.raises(DataError, match="^video cannot be read: it begins like none of mp4"):
             video.frames(data, [0], same)
 
