@@ -8,6 +8,7 @@ The place in the data is a few integers a slot: how many samples it has drawn of
 wait for a row. Nothing else is needed to go on exactly, on any number of ranks.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,9 +32,14 @@ from emu2_megatron.data.shards import ShardIndex
 from emu2_megatron.data.tokenizer import Tokenizer
 from emu2_megatron.errors import CheckpointError, ConfigError, DataError
 
+logger = logging.getLogger(__name__)
+
+MOST_BAD_IN_A_ROW = 10_000
+"""Samples of a slot that may prove bad one after the other, whatever data.max_bad_share allows."""
+
 State = dict[str, Any]
-"""A loader's place as JSON: `slots` (by number: `rows`, `drawn`, `waiting`, `used`), and what the order of the data
-depends on besides: `samples` of each source, `global_batch_size`, `seed`, and how sources are blended."""
+"""A loader's place as JSON: `slots` (by number: `rows`, `drawn`, `waiting`, `used`), what the order of the data depends
+on besides (`samples` of each source, `global_batch_size`, `seed`), and how sources were blended."""
 
 
 class Loader:
@@ -78,6 +84,7 @@ class Loader:
         start = _Place(0, (0,) * len(self.sources), (), Cost(0, 0))
         self._places = {slot: start for slot in self.slots}
         self._quarantine = Quarantine(quarantine, config.data.max_bad_share)
+        self._warned = False
         self._closed = Event()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="emu2-loader")
         self._prefetch: Future[_Step] | None = None
@@ -99,20 +106,23 @@ class Loader:
     def state(self) -> State:
         """The place after the last batch handed out."""
         slots = {str(slot): place.state() for slot, place in self._places.items()}
-        return {**self._order(), "slots": slots}
+        return {**self._order(), **self._blend(), "slots": slots}
 
     def load_state(self, state: State) -> None:
         """Continues from a `state`, one's own or those of all ranks merged: slots of others are ignored.
 
-        Raises CheckpointError if it is of other data or lacks one of this loader's slots.
+        Sources may be blended otherwise from here on: each goes on where it was. Raises CheckpointError if the place is
+        of other data or lacks one of this loader's slots.
         """
         for name, value in self._order().items():
             if state.get(name) != value:
                 raise CheckpointError(
                     f"the saved place in the data is of another order: {name} was {state.get(name)} and is {value}; "
-                    "give data.shards, data.weights, data.samples_per_step, training.global_batch_size and "
-                    "training.seed as the saved run had them"
+                    "give data.shards, training.global_batch_size and training.seed as the saved run had them"
                 )
+        for name, value in self._blend().items():
+            if state.get(name) != value:
+                logger.warning("data.%s was %s in the saved run and is %s from here on", name, state.get(name), value)
         self._places = {slot: self._restored(slot, state) for slot in self.slots}
         self._prefetch = None  # a step already being prepared touches nothing but its own copy of the places
 
@@ -130,15 +140,17 @@ class Loader:
         self.close()
 
     def _order(self) -> State:
-        """What decides which sample a slot reads next, besides its own place."""
-        data, training = self._config.data, self._config.training
+        """What decides which sample of a source a slot reads next, besides its own place."""
+        training = self._config.training
         return {
             "samples": [len(source) for source in self.sources],
             "global_batch_size": training.global_batch_size,
             "seed": training.seed,
-            "weights": list(data.weights),
-            "samples_per_step": list(data.samples_per_step),
         }
+
+    def _blend(self) -> State:
+        data = self._config.data
+        return {"weights": list(data.weights), "samples_per_step": list(data.samples_per_step)}
 
     def _restored(self, slot: int, state: State) -> "_Place":
         slots = state.get("slots", {})
@@ -194,28 +206,42 @@ class Loader:
                 break
             row.append(pool.pop(index))
             filled = total([filled, costs[index]])
-        if data.samples_per_step and len(pool) > data.packing_buffer:
-            raise DataError(
-                f"data.samples_per_step: {sum(data.samples_per_step)} samples a step do not fit "
-                f"{self._config.training.global_batch_size} rows of {data.sequence_length} tokens: {len(pool)} wait "
-                f"for slot {slot}, data.packing_buffer is {data.packing_buffer}; raise training.global_batch_size"
-            )
+        if data.samples_per_step:
+            self._check_waiting(slot, len(pool))
         return row, _Place(place.rows + 1, tuple(drawn), tuple(pool), total([place.used, filled]))
+
+    def _check_waiting(self, slot: int, waiting: int) -> None:
+        """Samples that are read but find no room pile up, if a step has more of them than its rows hold."""
+        data, training = self._config.data, self._config.training
+        if 2 * waiting <= data.packing_buffer or (self._warned and waiting <= data.packing_buffer):
+            return
+        full = (
+            f"data.samples_per_step: {sum(data.samples_per_step)} samples a step may not fit "
+            f"{training.global_batch_size} rows of {data.sequence_length} tokens: {waiting} wait for a row of slot "
+            f"{slot}, data.packing_buffer is {data.packing_buffer}"
+        )
+        if waiting > data.packing_buffer:
+            raise DataError(
+                f"{full}; lower data.samples_per_step, or raise data.packing_buffer if few samples too many wait "
+                "(a run that resumes may change both)"
+            )
+        self._warned = True
+        logger.warning("%s; if it grows beyond, the run ends", full)
 
     def _refill(self, slot: int, pool: "list[_Drawn]", drawn: list[int], skipped: Counter[str]) -> None:
         """Draw until the pool has data.packing_buffer samples."""
-        bad: set[tuple[int, int]] = set()
+        bad = 0
         number = self._firsts[-1]
         while len(pool) < self._config.data.packing_buffer:
-            source = source_at(slot, sum(drawn), self._shares)
-            found = self._draw(slot, source, drawn, skipped)
+            found = self._draw(slot, source_at(slot, sum(drawn), self._shares), drawn, skipped)
             pool += found
-            if found:
-                bad.clear()
-                continue
-            bad.add((source, self._sample_at(slot, source, drawn[source] - 1)[1]))
-            if len(bad) == number:
-                raise DataError(f"none of the {number} samples can be used: {dict(skipped)} (slots up to {slot})")
+            bad = 0 if found else bad + 1
+            # Of a single good sample among few, this overlooks one in e^10.
+            if bad > min(100 + 10 * number, MOST_BAD_IN_A_ROW):
+                raise DataError(
+                    f"none of the last {bad} samples that slot {slot} read can be used; of slots up to it, this step: "
+                    f"{dict(skipped)}; data.shards have {number} samples"
+                )
 
     def _draw(self, slot: int, source: int, drawn: list[int], skipped: Counter[str]) -> "list[_Drawn]":
         """The next sample of a source, or none if it is bad."""
@@ -230,7 +256,7 @@ class Loader:
         epoch, number = self._sample_at(slot, drawn.source, drawn.cursor)
         index = self.sources[drawn.source]
         shard, offset = index.locate(number)
-        key = f"(at byte {offset})"
+        key = f"(at byte {offset})" if offset >= 0 else f"(sample {number} of its source)"
         try:
             raw = index.read(number)
             key = raw.key

@@ -29,7 +29,7 @@ class Quarantine:
         self.file, self.max_share = file, max_share
         self.read = self.bad = 0
         self.reasons: Counter[str] = Counter()
-        self._listed: set[tuple[str, int]] = set()
+        self._listed: set[tuple[str, str]] = set()
 
     def good(self) -> None:
         """One more sample was read and is fine, so far."""
@@ -39,8 +39,8 @@ class Quarantine:
         """One more cannot be used.
 
         Args:
-            shard, offset: where it is.
-            key: its name, if that is known.
+            shard, offset: where it is, -1 for a byte that is not known.
+            key: its name, or what stands for it as long as it cannot be read; unique in the shard.
             error: what is wrong, "reason: detail".
             new: whether it has not been counted by `good` before.
 
@@ -51,8 +51,8 @@ class Quarantine:
         self.read += new
         self.bad += 1
         self.reasons[reason] += 1
-        if (shard, offset) not in self._listed:
-            self._listed.add((shard, offset))
+        if (shard, key) not in self._listed:
+            self._listed.add((shard, key))
             logger.warning("skipped sample %s of %s: %s", key, shard, error)
             self._write({"shard": shard, "key": key, "byte": offset, "reason": reason, "error": str(error)})
         # Five standard deviations beyond the share: thousands of ranks look at every read, and chance must end none.

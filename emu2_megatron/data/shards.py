@@ -18,8 +18,10 @@ refused when it is scanned, or, with an index, when the sample is read; what is 
 
 import io
 import json
+import logging
 import os
 import tarfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,6 +36,8 @@ from emu2_megatron.data.filetypes import PICTURE_FORMATS, VIDEO_FORMATS
 from emu2_megatron.data.index_file import count_samples, index_bytes, index_path, load_spans
 from emu2_megatron.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 PICTURE_EXTENSIONS = tuple(PICTURE_FORMATS)
 VIDEO_EXTENSIONS = tuple(VIDEO_FORMATS)
 MEMBER_EXTENSIONS = (*PICTURE_EXTENSIONS, *VIDEO_EXTENSIONS, "safetensors")
@@ -41,6 +45,9 @@ MEMBER_EXTENSIONS = (*PICTURE_EXTENSIONS, *VIDEO_EXTENSIONS, "safetensors")
 
 UNREADABLE = "shard cannot be read"
 """Reason of an error that lies with the disk, not with the sample."""
+
+PAUSES = (0.1, 1.0)
+"""Seconds before a read that the operating system refused is tried again."""
 
 _BLOCK = 512  # every tar header and member is padded to this many bytes
 _BROKEN = (OSError, EOFError, ValueError, OverflowError, RecursionError, tarfile.TarError)  # what tarfile raises
@@ -117,6 +124,8 @@ class ShardIndex:
         self._scanned = {number: spans for number, (_, _, spans) in enumerate(opened) if spans is not None}
         self._firsts = np.cumsum([0, *(count for _, count, _ in opened)])
         """int64 [shards + 1]: the number of each shard's first sample."""
+        self._lost: set[str] = set()
+        """Shards that could not be read, however often it was tried."""
         if not len(self) and not may_be_empty:
             raise DataError(f"no samples in {', '.join(self.paths) or 'data.shards, which is empty'}; {_ADVICE}")
 
@@ -132,7 +141,30 @@ class ShardIndex:
         return path, start
 
     def read(self, i: int) -> RawSample:
-        """Reads sample i, 0 <= i < len. Raises DataError if it cannot be read or its JSON is missing or broken."""
+        """Reads sample i, 0 <= i < len. Raises DataError if it cannot be read or its JSON is missing or broken.
+
+        A network's file system may fail for a moment: what the operating system refuses is tried again, a few times for
+        the first sample of a shard that meets it.
+        """
+        path = self.paths[self._shard(i)]
+        for pause in () if path in self._lost else PAUSES:
+            try:
+                return self._read(i)
+            except DataError as error:
+                if not _refused(error):
+                    raise
+                logger.warning("%s; trying again in %g s", error, pause)
+                time.sleep(pause)
+        try:
+            sample = self._read(i)
+        except DataError as error:
+            if _refused(error):
+                self._lost.add(path)
+            raise
+        self._lost.discard(path)
+        return sample
+
+    def _read(self, i: int) -> RawSample:
         path, start, stop = self._span(i)
         try:
             with open(path, "rb") as shard:
@@ -166,6 +198,11 @@ class ShardIndex:
             spans = _spans(path, (size, written), int(self._firsts[number + 1]) - first)
         start, stop = spans[i - first]
         return path, int(start), int(stop)
+
+
+def _refused(error: BaseException | None) -> bool:
+    """Whether the operating system's refusal is at the bottom of an error."""
+    return isinstance(error, OSError) or (error is not None and _refused(error.__cause__))
 
 
 _ADVICE = "make shards with `python tools/make_shards.py --input DIR --output DIR`"

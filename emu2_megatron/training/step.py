@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from emu2_megatron.config.schema import Config
-from emu2_megatron.errors import TrainingDiverged
+from emu2_megatron.errors import DataError, TrainingDiverged
 from emu2_megatron.parallel.three_phase import Prepared, StepOutput
 from emu2_megatron.parallel.wrap import Engine
 from emu2_megatron.training.schedules import lr_factor
@@ -44,6 +44,7 @@ def train_step(engine: Engine, config: Config, batch: Prepared, step: int) -> St
         step: number of the update, from 0.
 
     Raises:
+        DataError: the global batch has nothing to predict; the weights are untouched.
         TrainingDiverged: a loss or the gradient norm is not finite (under fp16: gradients are not, at the smallest loss
             scale); the weights are untouched. All of them are known to all ranks alike, so every rank raises.
     """
@@ -56,6 +57,11 @@ def train_step(engine: Engine, config: Config, batch: Prepared, step: int) -> St
         group["weight_decay"] = config.optimizer.weight_decay * group["wd_mult"]
 
     output = engine.step(batch)
+    if not int(output.counts[:2].sum()):
+        raise DataError(
+            f"step {step}: nothing in the global batch is to be learnt, text or pictures: no sample could be used, or "
+            "all of them are prompts; `emu2 data inspect` shows what the model sees; weights are those before"
+        )
     text_loss, image_loss = float(output.text_loss), float(output.image_loss)
     if not math.isfinite(text_loss + image_loss):
         hint = "; fp16 ends at 65504, training.precision=bf16 does not" if config.training.precision == "fp16" else ""

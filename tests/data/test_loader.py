@@ -180,9 +180,7 @@ def test_load_state_refuses_another_run(good: str, tokenizer: Tokenizer, make_co
             with pytest.raises(CheckpointError, match="slot 3.*global_batch_size"):
                 loader.load_state({**order, "slots": slots})
         same = {**order, "slots": {"0": place, "3": place}}
-        for name, other in (
-            ("samples", [5]), ("global_batch_size", 8), ("seed", 8), ("weights", [1.0]), ("samples_per_step", [4]),
-        ):  # fmt: skip
+        for name, other in (("samples", [5]), ("global_batch_size", 8), ("seed", 8)):
             with pytest.raises(CheckpointError, match=f"another order: {name} was {re.escape(str(other))} and is "):
                 loader.load_state({**same, name: other})
         loader.load_state(same)
@@ -293,23 +291,59 @@ def test_blended_by_samples_per_step(sources: tuple[str, ...], tokenizer: Tokeni
             keys -= Counter(key for rows in _rows(loader, 5) for row in rows for key in row.keys)
     assert not keys
     with Loader(make_config(shards=sources, samples_per_step=(90, 5, 3)), tokenizer, range(4)) as loader:
-        with pytest.raises(DataError, match="98 samples a step do not fit 4 rows of 64 tokens.*global_batch_size"):
+        with pytest.raises(DataError, match="98 samples a step may not fit 4 rows.*; lower data.samples_per_step"):
             _rows(loader, 9)
+
+
+def test_a_few_samples_a_step_too_many_are_said_before_they_end_the_run(
+    sources: tuple[str, ...], tokenizer: Tokenizer, make_config: MakeConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the run that ended goes on with fewer, every source where it was."""
+    config = make_config(shards=sources, samples_per_step=(60, 5, 3))
+    steps, keys = 0, Counter[str]()
+    with caplog.at_level(logging.WARNING), Loader(config, tokenizer, range(4)) as loader:
+        with pytest.raises(DataError, match="68 samples a step may not fit 4 rows"):
+            while steps < 100:
+                state = loader.state()
+                keys.update(key for row in next(loader) for key in row.keys)
+                steps += 1
+        warned = [record.getMessage() for record in caplog.records if record.name.endswith("loader")]
+        assert len(warned) == 1 and warned[0].endswith("if it grows beyond, the run ends") and steps > 2
+    caplog.clear()
+    fewer = make_config(shards=sources, samples_per_step=(10, 5, 3))
+    with caplog.at_level(logging.WARNING), Loader(fewer, tokenizer, range(4)) as loader:
+        loader.load_state(state)
+        assert [record.getMessage() for record in caplog.records] == [
+            "data.samples_per_step was [60, 5, 3] in the saved run and is [10, 5, 3] from here on"
+        ]
+        for _ in range(10):
+            keys.update(key for row in next(loader) for key in row.keys)
+        drawn = Counter(key[0] for key in keys.elements())
+        waiting = sum(len(place["waiting"]) for place in loader.state()["slots"].values())
+    assert sum(drawn.values()) + waiting == 68 * steps + 18 * 10
+    for source, samples in {"a": 40, "b": 20, "c": 12}.items():
+        of_source = [keys[key] for key in keys if key[0] == source]
+        epochs = drawn[source] / samples
+        assert len(of_source) == samples and epochs - 2 < min(of_source) <= max(of_source) < epochs + 2
 
 
 def test_unreadable_shard_is_skipped_and_named(
     tmp_path: Path, make_png: Callable[..., bytes], tokenizer: Tokenizer, make_config: MakeConfig,
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    """Each of its samples is listed, though no more is known of them than their numbers."""
+    monkeypatch.setattr("emu2_megatron.data.shards.PAUSES", ())
     config = make_config(shards=(_write(tmp_path, make_png, {}),), global_batch_size=1, max_bad_share=1.0)
-    index = ShardIndex(config.data.shards)
+    index, file = ShardIndex(config.data.shards), tmp_path / "bad.jsonl"
     (tmp_path / "1.tar").unlink()
-    with caplog.at_level(logging.WARNING), Loader(config, tokenizer, [0], [index]) as loader:
-        while loader.state()["slots"]["0"]["drawn"][0] < NUM_SAMPLES:
+    with caplog.at_level(logging.WARNING), Loader(config, tokenizer, [0], [index], file) as loader:
+        while loader.state()["slots"]["0"]["drawn"][0] < 2 * NUM_SAMPLES:
             assert all(key < "s10" for row in next(loader) for key in row.keys)
         assert loader.skipped["shard cannot be read"] >= NUM_SAMPLES - 10
     messages = [record.getMessage() for record in caplog.records if record.name == "emu2_megatron.data.quarantine"]
-    assert messages and all("1.tar" in message and "(at byte" in message for message in messages)
+    assert all("1.tar" in message and "of its source)" in message for message in messages)
+    listed = [json.loads(line)["key"] for line in file.read_text().splitlines()]
+    assert sorted(listed) == [f"(sample {number} of its source)" for number in range(10, NUM_SAMPLES)]
 
 
 def test_only_bad_samples_is_an_error_that_repeats(
@@ -318,9 +352,20 @@ def test_only_bad_samples_is_an_error_that_repeats(
     write_shard(tmp_path / "s.tar", [RawSample(f"k{i}", {"kind": "none"}) for i in range(3)])
     with Loader(make_config(shards=(f"{tmp_path}/s.tar",), max_bad_share=1.0), tokenizer, [1]) as loader:
         for _ in range(2):
-            with pytest.raises(DataError, match=r"none of the 3 samples can be used.*does not follow the format"):
+            with pytest.raises(DataError, match=r"none of the last 131 samples.*does not follow the format"):
                 next(loader)
         assert loader.state()["slots"]["1"]["drawn"] == [0]
+
+
+def test_a_source_that_gives_nothing_good_ends_the_run_however_large_it_is(
+    good: str, tmp_path: Path, tokenizer: Tokenizer, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The good source's weight is so small that it is never drawn from."""
+    monkeypatch.setattr("emu2_megatron.data.loader.MOST_BAD_IN_A_ROW", 50)
+    write_shard(tmp_path / "s.tar", [RawSample(f"k{i}", {"kind": "none"}) for i in range(3)])
+    config = make_config(shards=(f"{tmp_path}/s.tar", good), weights=(1.0, 1e-30), max_bad_share=1.0)
+    with Loader(config, tokenizer, [0]) as loader, pytest.raises(DataError, match="none of the last 51 samples"):
+        next(loader)
 
 
 def test_unexpected_errors_of_the_thread_surface(

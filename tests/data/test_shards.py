@@ -1,9 +1,11 @@
 """Tar shards: what is written is read back, and every kind of broken shard is refused by name."""
 
+import errno
 import gzip
 import io
 import os
 import tarfile
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -242,6 +244,36 @@ def test_a_shard_lost_before_its_index_is_looked_at_has_a_name_still(tmp_path: P
     assert index.locate(0) == (f"{tmp_path}/s.tar", -1)
     with pytest.raises(DataError, match="shard cannot be read: .*s.tar"):
         index.read(0)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_file_system_that_fails_for_a_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indexed: bool) -> None:
+    """Two refusals are waited for; a shard that stays away is waited for once, and read again when it is back."""
+    path = tmp_path / "s.tar"
+    write_shard(path, [_sample("a"), _sample("b")])
+    index = ShardIndex([str(path)]) if indexed else _unindexed(path)
+    refusals, waited = 2, list[float]()
+
+    def pread(descriptor: int, length: int, offset: int) -> bytes:
+        nonlocal refusals
+        refusals -= 1
+        if refusals >= 0:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return original(descriptor, length, offset)
+
+    index.locate(0)  # where samples are is known
+    original = os.pread
+    monkeypatch.setattr(os, "pread", pread)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    assert index.read(1).key == "b" and waited == [0.1, 1.0]
+    waited.clear()
+    refusals = 4
+    for waits in ([0.1, 1.0], []):
+        with pytest.raises(DataError, match="shard cannot be read: .*Stale file handle"):
+            index.read(1)
+        assert waited == waits
+        waited.clear()
+    assert index.read(0).key == "a" and index.read(1).key == "b" and not waited
 
 
 def _unindexed(path: Path) -> ShardIndex:
