@@ -5,7 +5,7 @@ and builds the whole score matrix. Attention that keeps samples apart is PyTorch
 packed layout would take another shape through all layers, and under context parallelism another split of sequences.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -175,5 +175,6 @@ def _local_spec() -> ModuleSpec:
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = CausalAttention
-    spec.submodules.mlp.submodules.activation_func = SwiGLU
+    mlp = spec.submodules.mlp  # a ModuleSpec; from megatron-core 0.17 on a partial
+    (mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules).activation_func = SwiGLU
     return spec
