@@ -25,7 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown argument: {' '.join(wrong)}{hint}")
     try:
         if options.command == "train":
-            return _train(options.config, rest, options.nproc_per_node)
+            resume = [f"checkpoint.resume={options.resume}"] if options.resume else []
+            return _train(options.config, [*rest, *resume], options.nproc_per_node)
         if options.command == "embed":
             return _embed(options.config, rest, options.output)
         if options.command == "plan":
@@ -135,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train a model",
-        usage="emu2 train --config NAME_OR_FILE [KEY=VALUE ...] [--nproc-per-node N]",
+        usage="emu2 train --config NAME_OR_FILE [KEY=VALUE ...] [--resume auto|FOLDER] [--nproc-per-node N]",
         description="Train a model. KEY=VALUE overrides one field of the configuration; all of them are listed below.",
         allow_abbrev=False,
     )
@@ -146,6 +147,11 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="processes to start on this machine; default: as many as the layout needs; not used under torchrun",
+    )
+    train.add_argument(
+        "--resume",
+        metavar="auto|FOLDER",
+        help="go on from the latest checkpoint of the run, if there is one (auto), or from this one",
     )
     plan = commands.add_parser(
         "plan",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,14 +69,28 @@ def test_two_processes(shards: Path, tmp_path: Path) -> None:
     again = load(str(tmp_path / "config.yaml"))
     assert again == load("tiny_interleaved", overrides)
 
-    saved = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    saved = sorted(p.name for p in (tmp_path / "checkpoints").glob("step_*"))
     assert saved == ["step_00000003", "step_00000005"]
     for name, steps in (("step_00000003", 3), ("step_00000005", 5)):
         state = json.loads((tmp_path / "checkpoints" / name / "trainer.json").read_text())
         with Loader(again, Tokenizer(again.data.tokenizer), range(4)) as loader:
             for _ in range(steps):
                 next(loader)
-            assert state == {"step": steps, "data": loader.state()}
+            assert state["step"] == steps and state["data"] == loader.state() and state["finite"] is True
+
+    # What the first run of a cluster's machines does after a kill: the same command, and --resume auto.
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000005")
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 5, "text_l')
+    resumed = emu2("train", "--config", "tiny_interleaved", *overrides, "--resume", "auto")
+    assert resumed.returncode == 0 and resumed.stderr == "", resumed.stdout + resumed.stderr
+    assert f"resumed from {tmp_path}/checkpoints/step_00000003: step 3 is done" in resumed.stdout
+    repeated = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in repeated] == [1, 2, 4, 5] and repeated[:2] == records[:2]
+    for name in ("text_loss", "image_loss", "grad_norm"):
+        # Step 4's record was of steps 3 and 4 together, now it is of 4 alone.
+        assert repeated[3][name] == records[3][name]
+    assert [e.step for e in EventAccumulator(str(tmp_path)).Reload().Scalars("loss/text")] == [1, 2, 4, 5]
 
 
 WRONG = {

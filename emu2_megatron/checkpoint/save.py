@@ -1,73 +1,188 @@
-"""Writing a checkpoint: `<directory>/step_00000400/` with torch_dist tensors and `trainer.json`."""
+"""Writing checkpoints, at once or in the background (`checkpoint/files.py`: what is written, and how it is safe)."""
 
 import json
+import os
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.state_dict_saver import save
 
-from emu2_megatron.checkpoint.state import sharded_weights
+from emu2_megatron.checkpoint import adam, files
+from emu2_megatron.checkpoint.pieces import Writing
+from emu2_megatron.checkpoint.state import State, stored
+from emu2_megatron.config.schema import CheckpointConfig
 from emu2_megatron.errors import CheckpointError
 from emu2_megatron.parallel.wrap import Engine
 
-TRAINER = "trainer.json"
-"""Written last: a folder that has it is complete."""
 
+class Saver:
+    """Saves a run's checkpoints. All ranks make one together and call its methods together, at the same steps.
 
-def folder(directory: str | Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
-    return Path(directory) / f"step_{step:08d}"
-
-
-def save(directory: str | Path, engine: Engine, step: int, data: dict[str, Any]) -> Path:
-    """Write weights and the place in the data; called by all ranks together.
-
-    Args:
-        directory: folder of checkpoints.
-        step: updates done.
-        data: the place in the data of all slots, as JSON (`data/loader.py`).
-
-    Returns:
-        The checkpoint's folder. It appears under its final name only when complete.
-
-    Raises:
-        CheckpointError: the folder cannot be written, or a checkpoint of this step is already there.
+    With checkpoint.asynchronous, `save` copies what is stored into memory and returns; a thread writes it, and what
+    goes wrong there is raised, on all ranks alike, by the next `save` or by `finish`.
     """
-    final = folder(directory, step)
-    unfinished = final.with_name(final.name + ".unfinished")
 
-    def prepare() -> None:
-        if final.exists():
-            raise FileExistsError(f"{final} is already there")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+    def __init__(self, config: CheckpointConfig, directory: Path, engine: Engine, say: Callable[[str], None]) -> None:
+        """`directory` is where checkpoints go; `say` prints a line, on rank 0 only."""
+        self.config, self.directory, self.engine, self.say = config, directory, engine, say
+        # Its own group: a thread must not talk in one in which the training loop does.
+        self.group = dist.new_group(backend="gloo")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="emu2-checkpoint")
+        self._pending: Future[None] | None = None
+        self._told = False
 
-    def finish() -> None:
-        (unfinished / TRAINER).write_text(json.dumps({"step": step, "data": data}))
-        unfinished.rename(final)
+    def save(self, step: int, rest: dict[str, Any]) -> Path:
+        """Write a checkpoint.
 
-    _on_rank_0(prepare, engine, step)
-    engine.settle()
-    try:
-        dist_checkpointing.save({"weights": sharded_weights(engine)}, str(unfinished))
-    except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
-        raise CheckpointError(f"cannot save step {step}: {error}") from error
-    _on_rank_0(finish, engine, step)
-    return final
+        Args:
+            step: updates done.
+            rest: what trainer.json says besides, as JSON.
 
+        Returns:
+            The checkpoint's folder. It appears under this name only when it is complete.
 
-def _on_rank_0(action: Callable[[], None], engine: Engine, step: int) -> None:
-    """Do something on rank 0 while the others wait; if it fails, it fails on all of them."""
-    problem = [""]
-    if engine.here.rank == 0:
+        Raises:
+            CheckpointError: it cannot be written, or one of this step is already there; nothing else is touched.
+        """
+        self.finish()
+        final = files.folder(self.directory, step)
+        self.engine.settle()
+        adam.make_moments(self.engine)
+        state = stored(self.engine)
+        finite, background = self._prepare(final, state)
+        optimizer = adam.scalars(self.engine)
+        trainer = {"format": files.FORMAT, "step": step, "finite": finite, "optimizer": optimizer, **rest}
+        if background:
+            copied = {name: pieces.copied() for name, pieces in state.items()}
+            self._pending = self._thread.submit(self._write, final, copied, trainer)
+        else:
+            self._write(final, state, trainer)
+        return final
+
+    def finish(self) -> None:
+        """Wait for what is being written. Raises CheckpointError as `save`."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _prepare(self, final: Path, state: State) -> tuple[bool, bool]:
+        """Make room. Returns whether all that is stored is finite, and whether to write in the background."""
+        unfinished = _unfinished(final)
+        mine = sum(pieces.nbytes for pieces in state.values())
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+        # A copy, and as much again for what the loop needs meanwhile.
+        fits = 2 * mine * local < psutil.virtual_memory().available
+        finite = all(bool(box.isfinite().all()) for pieces in state.values() for box in pieces.boxes.values())
+        of_ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, (mine, fits, finite), group=self.group)
+        sizes = [size for size, _, _ in of_ranks]
+        total = sum(sizes)
+        background = self.config.asynchronous and all(fits for _, fits, _ in of_ranks)
+
+        def make_folder() -> None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if final.exists():
+                raise FileExistsError(f"{final} is already there")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            free = shutil.disk_usage(self.directory).free
+            if free < total:
+                raise OSError(f"{self.directory} has {_size(free)} free, the checkpoint needs {_size(total)}")
+            unfinished.mkdir()
+            if not self._told:
+                speed = _write_speed(unfinished / "probe")
+                self.say(
+                    f"a checkpoint has {_size(total)}, written in about {max(sizes) / speed:.0f} s if each rank writes "
+                    f"{_size(int(speed))} a second, as rank 0 does alone; {self.directory} has {_size(free)} free"
+                )
+                if self.config.asynchronous and not background:
+                    self.say("checkpoint.asynchronous: not enough host memory for a copy; the run waits for each save")
+
+        self._on_rank_0(make_folder, final)
+        self._told = True
+        return all(finite for _, _, finite in of_ranks), background
+
+    def _write(self, final: Path, state: State, trainer: dict[str, Any]) -> None:
+        """Write, check in, rename. All ranks succeed or all raise."""
+        unfinished = _unfinished(final)
+        rank = dist.get_rank()
         try:
-            action()
-        except OSError as error:
-            problem = [str(error)]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise CheckpointError(f"cannot save step {step}: {problem[0]}")
+            writer = _Writer(unfinished, thread_count=2)
+            save(state, storage_writer=writer, planner=Writing(), process_group=self.group)
+        except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
+            self._on_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True), final)
+            raise CheckpointError(f"cannot save {final}: {_cause(error)}") from error
+        mine = {file.name: files.checksum(file) for file in unfinished.glob(f"__{rank}_*")}
+        written: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(written, mine, group=self.group)
+
+        def check_in() -> None:
+            table = {".metadata": files.checksum(unfinished / ".metadata")}
+            for of_rank in written:
+                table |= of_rank
+            marker = unfinished / files.TRAINER
+            marker.write_text(json.dumps({**trainer, "files": table}, indent=1))
+            files.sync(marker)
+            files.sync(unfinished)
+            unfinished.rename(final)
+            files.sync(self.directory)
+            for path in files.surplus(files.complete(self.directory), self.config.keep_last, self.config.keep_every):
+                files.delete(path)
+
+        self._on_rank_0(check_in, final)
+
+    def _on_rank_0(self, action: Callable[[], None], final: Path) -> None:
+        """Do something on rank 0 while the others wait; if it fails, it fails on all of them."""
+        problem = [""]
+        if dist.get_rank() == 0:
+            try:
+                action()
+            except OSError as error:
+                problem = [str(error)]
+        dist.broadcast_object_list(problem, src=0, group=self.group)
+        if problem[0]:
+            raise CheckpointError(f"cannot save {final}: {problem[0]}")
+
+
+class _Writer(FileSystemWriter):
+    """torch's, without a path and a random number in the table of contents: a checkpoint may be moved, and equal ones
+    have equal bytes."""
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()
+
+
+def _unfinished(final: Path) -> Path:
+    return final.with_name(final.name + files.UNFINISHED)
+
+
+def _size(number: int) -> str:
+    """Bytes, for a person."""
+    return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
+def _write_speed(file: Path) -> float:
+    """Bytes a second of writing and syncing 64 MiB."""
+    data = bytes(2**26)
+    start = time.perf_counter()
+    with open(file, "wb") as stream:
+        stream.write(data)
+        os.fsync(stream.fileno())
+    file.unlink()
+    return len(data) / (time.perf_counter() - start)
+
+
+def _cause(error: BaseException) -> str:
+    """The first rank's error, in a line, without the traceback that torch puts around it."""
+    if isinstance(error, CheckpointException):
+        rank, (first, _) = min(error.failures.items())
+        return f"rank {rank}: {first}"
+    return str(error)

@@ -1,36 +1,204 @@
-"""What a checkpoint holds, by name and by shard, whatever the layout.
+"""What a checkpoint holds: the name of every tensor, and which part of it a rank has, stores and loads.
 
-Decoder tensors keep megatron-core's names with global layer numbers (`decoder.layers.17.mlp.linear_fc1.weight`), cut
-over tensor-parallel ranks; encoder tensors keep the released names under `visual.`.
+    decoder.layers.17.mlp.linear_fc1.weight       a weight, in the precision of the run; `visual.…` those of the encoder
+    optimizer.param.decoder.layers.17.…           its fp32 master (none where the weight is fp32 itself)
+    optimizer.exp_avg.…, optimizer.exp_avg_sq.…   Adam's moments
+    fp8.decoder.layers.17.forward.scale           of emulated delayed scaling; also `backward`, also `history`
+    rng.rank_00003.cpu                            states of the random generators of each rank
+
+Shapes are those of the whole tensor, whatever the layout: layers have their number in the whole decoder,
+tensor-parallel parts their place, and the vocabulary no padding. Each rank stores what its optimizer owns, a run of
+elements of each parameter, weights included: so all ranks write about as much, none writes what another one does, and
+nothing is gathered.
 """
 
-from typing import Any
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
-from megatron.core import parallel_state
-from megatron.core.dist_checkpointing import ShardedTensor
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from emu2_megatron.checkpoint.pieces import Pieces, Region, Shape, add
+from emu2_megatron.config.schema import ModelConfig
+from emu2_megatron.model.parameters import GATED_MLP, QKV, REPLICATED, ROW, VOCABULARY, Rule, rule_of
 from emu2_megatron.parallel.wrap import Engine
+from emu2_megatron.platform.device import IS_CUDA
+
+State = dict[str, Pieces]
+
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Names that only Transformer Engine's layers have, to the names in a checkpoint."""
 
 
-def sharded_weights(engine: Engine) -> list[dict[str, Any]]:
-    """For every part of the decoder on this rank, and last for the encoder: its own parameter names to this rank's
-    shards, which know their global names. Exactly one rank stores each piece."""
-    metadata = {
-        # One name a layer, instead of one tensor over all layers: readable, and independent of how layers are staged.
-        "non_homogeneous_layers": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+def _replicated(model: ModelConfig, shape: Shape, rank: int, tp: int) -> tuple[Shape, list[Region]]:
+    return shape, [Region(0, shape[0], (0,) * len(shape))]
+
+
+def _columns(model: ModelConfig, shape: Shape, rank: int, tp: int) -> tuple[Shape, list[Region]]:
+    rows, columns = shape
+    return (rows, columns * tp), [Region(0, rows, (0, columns * rank))]
+
+
+def _rows(model: ModelConfig, shape: Shape, rank: int, tp: int) -> tuple[Shape, list[Region]]:
+    rows, columns = shape
+    return (rows * tp, columns), [Region(0, rows, (rows * rank, 0))]
+
+
+def _real_rows(model: ModelConfig, shape: Shape, rank: int, tp: int) -> tuple[Shape, list[Region]]:
+    rows, columns = shape
+    vocabulary = model.decoder.vocab_size
+    real = min(max(0, vocabulary - rows * rank), rows)
+    return (vocabulary, columns), [Region(0, real, (rows * rank, 0))]
+
+
+def _two_halves(model: ModelConfig, shape: Shape, rank: int, tp: int) -> tuple[Shape, list[Region]]:
+    half, columns = shape[0] // 2, shape[1]
+    gate, up = Region(0, half, (half * rank, 0)), Region(half, half, (half * (tp + rank), 0))
+    return (2 * half * tp, columns), [gate, up]
+
+
+_PLACES: dict[Rule, Callable[[ModelConfig, Shape, int, int], tuple[Shape, list[Region]]]] = {
+    REPLICATED: _replicated,
+    ROW: _columns,
+    QKV: _rows,
+    VOCABULARY: _real_rows,
+    GATED_MLP: _two_halves,
+}
+"""How a parameter is cut over tensor-parallel ranks, to: (model, this rank's shape, tp rank, tp) to the shape of the
+whole and where this rank's rows stand in it."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A parameter that this rank has."""
+
+    key: str
+    """Its name in a checkpoint."""
+    parameter: nn.Parameter
+    shape: Shape
+    """Of the whole."""
+    regions: list[Region]
+    holder: int
+    """This rank's number among those that have the same part of it."""
+    holders: int
+    """How many they are; 0 for a tensor-parallel rank that stores nothing of it, as the first one has the same."""
+    number: int
+    """Of the parameter, the same for all holders."""
+
+    def pieces(self, flat: Tensor, start: int = 0) -> Pieces:
+        """A run of elements of it, or of something that has one for each of its elements; views of `flat`."""
+        pieces = Pieces(self.shape, flat.dtype)
+        add(pieces, tuple(self.parameter.shape), self.regions, start, flat)
+        return pieces
+
+
+def weights(engine: Engine) -> State:
+    """All weights of this rank, to be loaded into."""
+    return {entry.key: entry.pieces(_flat(entry.parameter)) for entry in _entries(engine)}
+
+
+def stored(engine: Engine) -> State:
+    """Everything this rank stores, as views of the memory it is in.
+
+    Preconditions: the weights are settled (`Engine.settle`), the optimizer has moments (`adam.make_moments`).
+    """
+    owned = _owned(engine)
+    state: State = {}
+    for entry in _entries(engine):
+        flat = _flat(entry.parameter)
+        if entry.parameter in owned and entry.holders:
+            start, stop, tensors = owned[entry.parameter]
+            state[entry.key] = entry.pieces(flat[start:stop], start)
+            state |= {f"optimizer.{name}.{entry.key}": entry.pieces(t, start) for name, t in tensors.items()}
+        elif not entry.parameter.requires_grad and entry.number % max(1, entry.holders) == entry.holder:
+            state[entry.key] = entry.pieces(flat)  # nobody owns what is not trained: whole tensors are dealt out
+    return {
+        key: pieces for key, pieces in {**state, **_scales(engine), **random_states(engine)}.items() if pieces.boxes
     }
-    parts: list[dict[str, Any]] = [stage.sharded_state_dict(metadata=metadata) for stage in engine.stages]
-    if "output_layer.weight" in parts[-1]:
-        # The vocabulary's padding depends on the layout. megatron-core's embedding says so itself.
-        parts[-1]["output_layer.weight"].allow_shape_mismatch = True
-    encoder = {
-        name: encoder_shard(name, weight, engine) for name, weight in engine.encoder.state_dict(keep_vars=True).items()
+
+
+def resumed(engine: Engine) -> State:
+    """What a run goes on with besides its weights, to be loaded into: masters and moments that this rank owns, scales.
+    Precondition: the optimizer has moments."""
+    owned = _owned(engine)
+    state = {
+        f"optimizer.{name}.{entry.key}": entry.pieces(tensor, owned[entry.parameter][0])
+        for entry in _entries(engine)
+        if entry.parameter in owned
+        for name, tensor in owned[entry.parameter][2].items()
     }
-    return [*parts, encoder]
+    return {**state, **_scales(engine)}
 
 
-def encoder_shard(name: str, weight: Tensor, engine: Engine) -> ShardedTensor:
-    """A tensor of the encoder: every rank has the whole of it, the first one stores it."""
-    return ShardedTensor.from_rank_offsets(f"visual.{name}", weight, replica_id=engine.here.rank)
+def random_states(engine: Engine) -> State:
+    """Copies of the states of this rank's random generators."""
+    states = {"cpu": torch.get_rng_state()}
+    if IS_CUDA:
+        states["cuda"] = torch.cuda.get_rng_state()
+    return {f"rng.rank_{engine.here.rank:05d}.{name}": whole(state) for name, state in states.items()}
+
+
+def set_random_states(state: State) -> None:
+    """The other way, from what was loaded."""
+    for name, pieces in state.items():
+        (value,) = pieces.boxes.values()
+        (torch.cuda.set_rng_state if name.endswith("cuda") else torch.set_rng_state)(value)
+
+
+def whole(tensor: Tensor) -> Pieces:
+    """A tensor that this rank has the whole of."""
+    return Pieces(tuple(tensor.shape), tensor.dtype, {(0,) * tensor.dim(): tensor})
+
+
+def _entries(engine: Engine) -> Iterator[_Entry]:
+    """Every parameter of this rank."""
+    here, model = engine.here, engine.step.config.model
+    replica, replicas = here.dp_rank * here.cp_size + here.cp_rank, here.dp_size * here.cp_size
+    for stage, first_layer in zip(engine.stages, engine.first_layers, strict=True):
+        for number, (name, parameter) in enumerate(stage.named_parameters()):
+            rule, _ = rule_of(name, first_layer)
+            shape, regions = _PLACES[rule](model, tuple(parameter.shape), here.tp_rank, here.tp_size)
+            stores = rule.dim is not None or here.tp_rank == 0
+            yield _Entry(key_of(name, first_layer), parameter, shape, regions, replica, replicas * stores, number)
+    for number, (name, parameter) in enumerate(engine.encoder.named_parameters()):
+        shape, regions = _replicated(model, tuple(parameter.shape), 0, 1)
+        yield _Entry(f"visual.{name}", parameter, shape, regions, here.rank, here.world_size, number)
+
+
+def key_of(name: str, first_layer: int) -> str:
+    """The name in a checkpoint of a decoder stage's parameter, whose layers count from `first_layer`."""
+    match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+    if match is None:
+        return name
+    return f"decoder.layers.{int(match[1]) + first_layer}.{_FUSED_NORMS.get(match[2], match[2])}"
+
+
+def _owned(engine: Engine) -> dict[nn.Parameter, tuple[int, int, dict[str, Tensor]]]:
+    """Which elements of each parameter this rank's optimizer owns, and what it has for them, flat: `exp_avg`,
+    `exp_avg_sq`, and `param`, the fp32 master, where the weight itself is not fp32."""
+    found = {}
+    for optimizer in engine.optimizer.chained_optimizers:
+        for parameter in optimizer.model_param_group_index_map:
+            span = optimizer._get_model_param_range_map(parameter)["param"]
+            tensors = optimizer._get_main_param_and_optimizer_states(parameter)
+            names = ["exp_avg", "exp_avg_sq"] + ["param"] * (parameter.dtype is not torch.float32)
+            found[parameter] = (span.start, span.end, {name: tensors[name].data for name in names if name in tensors})
+    return found
+
+
+def _scales(engine: Engine) -> State:
+    """Scales of delayed scaling, alike on all ranks that have the layer."""
+    return {
+        f"fp8.decoder.layers.{layer}.{name}": whole(tensor)
+        for stage in engine.stages
+        if stage.delayed_scaling
+        for layer, name, tensor in stage.delayed_scaling.by_layer()
+    }
+
+
+def _flat(parameter: nn.Parameter) -> Tensor:
+    return parameter.data.view(-1)

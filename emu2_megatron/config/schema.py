@@ -244,12 +244,27 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Saving the weights and the place in the data (not yet the optimizer: a run cannot be resumed exactly)."""
+    """Saving the whole state of a run, and beginning from a saved one."""
 
     directory: str = ""
     """Where checkpoints go; empty means `checkpoints` below logging.directory."""
     every: int = 0
     """Steps between two checkpoints; 0 saves only at the end."""
+    keep_last: int = 0
+    """Checkpoints to keep, the latest; 0 keeps all. The latest whose weights are finite is never deleted, nor is one
+    that is being read."""
+    keep_every: int = 0
+    """Keep those of every so many steps besides; 0 keeps none for that."""
+    asynchronous: bool = False
+    """Write in the background, from a copy in the host's memory; where that is too small, the run waits."""
+    resume: str = ""
+    """What to go on from: a checkpoint's folder, or `auto`: the latest in the directory, or from the start if there is
+    none. A run that torchrun or SLURM starts again resumes by itself. (`emu2 train --resume` sets this.)"""
+    older_if_damaged: bool = False
+    """Whether `auto` may fall back to an older checkpoint where files of the latest are damaged or missing."""
+    initialize_from: str = ""
+    """A checkpoint to take weights from, and nothing else: the next stage's beginning. Its pictures may have had
+    another size."""
 
 
 @dataclass(frozen=True)

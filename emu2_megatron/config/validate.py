@@ -267,7 +267,7 @@ _POSITIVE = """
 _NOT_NEGATIVE = """
     training.text_loss_weight training.image_loss_weight training.seed training.recompute_layers
     optimizer.weight_decay optimizer.clip_grad
-    checkpoint.every
+    checkpoint.every checkpoint.keep_last checkpoint.keep_every
     fp8.first_layers_bf16 fp8.last_layers_bf16 fp8.margin
 """.split()
 

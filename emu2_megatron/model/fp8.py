@@ -56,7 +56,7 @@ RECIPES = {
 
 
 class Amaxes(nn.Module):
-    """History and scale of T tensors. Not part of checkpoints: a resumed run starts with scales of 1 again."""
+    """History and scale of T tensors."""
 
     history: Tensor
     scale: Tensor
@@ -87,13 +87,27 @@ class DelayedScaling(nn.Module):
     (It quantises weights once a step; here it is once a micro-batch, so that their scale is up to date one earlier.)
     """
 
-    def __init__(self, linears: int, fp8: Fp8Config) -> None:
+    def __init__(self, layers: list[int], fp8: Fp8Config) -> None:
+        """`layers` says of each linear layer which decoder layer it is in, in rising order."""
         super().__init__()
-        self.forward_amaxes = Amaxes(2 * linears, E4M3, fp8)
-        self.backward_amaxes = Amaxes(linears, GRADIENTS["delayed"], fp8)
+        self.layers = layers
+        self.forward_amaxes = Amaxes(2 * len(layers), E4M3, fp8)
+        self.backward_amaxes = Amaxes(len(layers), GRADIENTS["delayed"], fp8)
         self.recording = False
         self.in_flight: deque[Tensor] = deque()
         """Forward scales of the micro-batches whose backward pass is still to come, which recomputation must use."""
+
+    def by_layer(self) -> Iterator[tuple[int, str, Tensor]]:
+        """(decoder layer, name, view) of everything that a later step depends on."""
+        for layer in sorted(set(self.layers)):
+            first = self.layers.index(layer)
+            stop = first + self.layers.count(layer)
+            for name, amaxes, a, b in (
+                ("forward", self.forward_amaxes, 2 * first, 2 * stop),
+                ("backward", self.backward_amaxes, first, stop),
+            ):
+                yield layer, f"{name}.history", amaxes.history[:, a:b]
+                yield layer, f"{name}.scale", amaxes.scale[a:b]
 
     @contextmanager
     def micro_batch(self, entry: Tensor) -> Iterator[None]:
@@ -231,15 +245,16 @@ def emulate_decoder(layers: nn.ModuleList, num_layers: int, fp8: Fp8Config) -> D
     if fp8.recipe == "none" or not (fp8.emulate and fp8.decoder):
         return None
     chosen = range(fp8.first_layers_bf16, num_layers - fp8.last_layers_bf16)
+    numbered: list[tuple[int, Any]] = [(layer.layer_number - 1, layer) for layer in layers]  # type: ignore[operator, misc]
     linears = [
-        module
-        for layer in layers
-        if layer.layer_number - 1 in chosen  # type: ignore[operator]  # megatron-core counts from 1
+        (number, module)
+        for number, layer in numbered
+        if number in chosen
         for module in layer.modules()
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear))
     ]
-    delayed = DelayedScaling(len(linears), fp8) if fp8.recipe == "delayed" else None
-    for index, module in enumerate(linears):
+    delayed = DelayedScaling([number for number, _ in linears], fp8) if fp8.recipe == "delayed" else None
+    for index, (_, module) in enumerate(linears):
         quantizer: Quantizer
         quantizer = partial(delayed.quantizer, index) if delayed else partial(_stateless, STATELESS[fp8.recipe])
         module._forward_impl = partial(_parallel_linear, quantizer)

@@ -36,6 +36,16 @@ class SharedLossScale(DynamicGradScaler):
         super().update(found_inf)
         self.skipped += found_inf
 
+    def as_json(self) -> dict[str, float]:
+        """All that the next steps depend on."""
+        return {"scale": float(self.scale), "growth_tracker": self._growth_tracker, "skipped": self.skipped}
+
+    def restore(self, saved: dict[str, float]) -> None:
+        """Continue from an `as_json`."""
+        self._scale.fill_(saved["scale"])
+        self._growth_tracker = int(saved["growth_tracker"])
+        self.skipped = int(saved["skipped"])
+
     @property
     def at_minimum(self) -> bool:
         """Whether halving is over."""

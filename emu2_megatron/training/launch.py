@@ -64,8 +64,15 @@ def _layout_line(config: Config) -> str:
     return "decoder layers of each stage: " + ", ".join(" + ".join(map(str, layers[s::stages])) for s in range(stages))
 
 
+def resume(config: Config) -> str:
+    """What to go on from: checkpoint.resume, or `auto` in a run that torchrun or SLURM has started again."""
+    restarts = (os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return config.checkpoint.resume or ("auto" if any(int(count) > 0 for count in restarts) else "")
+
+
 def _check_directory(config: Config) -> None:
     """Refuse now what would fail at the first save, hours later, or write over an earlier run."""
+    goes_on = resume(config) == "auto" or checkpoint_directory(config) in Path(resume(config)).absolute().parents
     for key, directory, pattern in (
         ("logging.directory", Path(config.logging.directory), "log.jsonl"),
         ("checkpoint.directory", checkpoint_directory(config), "step_*"),
@@ -77,10 +84,10 @@ def _check_directory(config: Config) -> None:
             raise ConfigError(f"{key}: {directory} cannot be used: {error}") from error
         if not os.access(directory, os.W_OK):
             raise ConfigError(f"{key}: {directory} is not writable")
-        if earlier:
+        if earlier and not goes_on:
             raise ConfigError(
-                f"{key}: {directory} already has {earlier[-1]} of an earlier run; choose another logging.directory, "
-                "or move it away"
+                f"{key}: {directory} already has {earlier[-1]} of an earlier run; go on with it by --resume auto, "
+                "choose another logging.directory, or move it away"
             )
 
 

@@ -19,23 +19,25 @@ class Writers:
 
     Args:
         config: the run; says where files go and how long the run is.
+        done: steps done before; what was logged of later ones, whose weights are lost, is dropped.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, done: int = 0) -> None:
         folder = Path(config.logging.directory)
         folder.mkdir(parents=True, exist_ok=True)
-        self.jsonl = (folder / "log.jsonl").open("w", buffering=1)
+        _keep_until(folder / "log.jsonl", done)
+        self.jsonl = (folder / "log.jsonl").open("a", buffering=1)
         self.tensorboard = None
         if config.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(str(folder))
+            self.tensorboard = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
         self.console = Console()
         self.progress = Progress(
             TextColumn("[bold]training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
-        self.task = self.progress.add_task("training", total=config.training.steps)
+        self.task = self.progress.add_task("training", total=config.training.steps, completed=done)
         self.records: list[dict[str, Any]] = []
         self.progress.start()
 
@@ -98,6 +100,21 @@ class Writers:
         self.console.print(table)
         for label, text in rows.items():
             print(f"{label}: {text}", flush=True)
+
+
+def _keep_until(file: Path, step: int) -> None:
+    """Drop the records of later steps from a log, and a last line that a kill cut off."""
+    if not file.is_file():
+        return
+    kept = []
+    for line in file.read_text().splitlines(keepends=True):
+        try:
+            kept += [line] if json.loads(line)["step"] <= step and line.endswith("\n") else []
+        except ValueError:
+            continue
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(file)
 
 
 def _tag(name: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from emu2_megatron.checkpoint.load import load_weights
-from emu2_megatron.checkpoint.save import save
+from emu2_megatron.checkpoint.save import Saver
 from emu2_megatron.config.schema import Config
 from emu2_megatron.errors import CheckpointError
 from emu2_megatron.model import parameters
@@ -37,9 +37,10 @@ def save_worker(_rank: int, config: Config, directory: str) -> dict[str, Any]:
     # Away from what a fresh model has.
     own = [harness.batch([1] * 8, 0)[i] for i in here.slots(8)]
     train_step(engine, config, engine.step.prepare(own), 0)
-    path = save(directory, engine, 1, PLACE)
+    saver = Saver(config.checkpoint, Path(directory), engine, print)
+    path = saver.save(1, {"data": PLACE})
     with pytest.raises(CheckpointError, match="already there"):
-        save(directory, engine, 1, PLACE)
+        saver.save(1, {"data": PLACE})
     return {**_weights(engine), "path": str(path)}
 
 
@@ -47,8 +48,8 @@ def load_worker(_rank: int, config: Config, path: str) -> dict[str, Any]:
     engine = wrap.build(config, topology.initialize(config))
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         load_weights(Path(path).parent, engine)
-    step, place = load_weights(path, engine)
-    return {**_weights(engine), "step": step, "place_in_data": place}
+    trainer = load_weights(path, engine)
+    return {**_weights(engine), "step": trainer["step"], "place_in_data": trainer["data"]}
 
 
 def whole(results: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -78,6 +78,8 @@ MAY_BE_ZERO = {
     "optimizer.warmup_steps",
     "optimizer.warmup_ratio",
     "checkpoint.every",
+    "checkpoint.keep_last",
+    "checkpoint.keep_every",
     "fp8.first_layers_bf16",
     "fp8.last_layers_bf16",
     "fp8.margin",

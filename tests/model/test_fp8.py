@@ -106,7 +106,7 @@ def test_bf16_operands_are_not_rounded_twice() -> None:
 def test_delayed_scales_of_four_micro_batches() -> None:
     """One layer, by hand. Scales are 1 at first; then 448 over the largest x or w so far, 57344 over the largest dy,
     each from earlier micro-batches only, so that the growing ones saturate."""
-    scaling = fp8.DelayedScaling(1, Fp8Config(recipe="delayed", amax_history=2))
+    scaling = fp8.DelayedScaling([0], Fp8Config(recipe="delayed", amax_history=2))
     w = torch.tensor([[0.5, -0.25]], requires_grad=True)
     seen = []
     for amax_x, amax_dy in ((2.0, 14.0), (7.0, 1.75), (1.0, 3.5), (1.0, 0.0)):
@@ -132,7 +132,7 @@ def test_delayed_scales_of_four_micro_batches() -> None:
 
 @pytest.mark.usefixtures("world_of_one")
 def test_evaluation_uses_scales_and_leaves_no_trace() -> None:
-    scaling = fp8.DelayedScaling(1, Fp8Config(recipe="delayed", amax_history=2))
+    scaling = fp8.DelayedScaling([0], Fp8Config(recipe="delayed", amax_history=2))
     scaling.forward_amaxes.scale = torch.tensor([64.0, 448.0])
     before = {name: tensor.clone() for name, tensor in scaling.named_buffers()}
     x, w = torch.tensor([[100.0]]), torch.tensor([[1.0]])

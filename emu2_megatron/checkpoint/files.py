@@ -1,0 +1,168 @@
+"""The folders of checkpoints: which are complete, which are sound, which may go.
+
+    <directory>/step_00000400/
+        .metadata, __0_0.distcp, ...    torch's distributed checkpoint (torch_dist): a file or more of every rank
+        trainer.json                    written last; a folder that has it, under this name, is complete
+
+A checkpoint is written under the name `step_00000400.unfinished`, synced, and renamed. Whoever reads one holds a shared
+lock on its trainer.json, and what is being read is not deleted.
+"""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from emu2_megatron.errors import CheckpointError
+
+TRAINER = "trainer.json"
+FORMAT = 1
+"""Version of what trainer.json says and of the tensors' names."""
+UNFINISHED = ".unfinished"
+_BLOCK = 2**22
+
+
+def folder(directory: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return Path(directory) / f"step_{step:08d}"
+
+
+def complete(directory: Path) -> list[Path]:
+    """The complete checkpoints in a directory, oldest first."""
+    found = [path for path in directory.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    return sorted((path for path in found if (path / TRAINER).is_file()), key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, by its name."""
+    return int(path.name.removeprefix("step_"))
+
+
+def read_trainer(path: Path) -> dict[str, Any]:
+    """What trainer.json says.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of a newer format.
+    """
+    file = path / TRAINER
+    if not file.is_file():
+        hint = ""
+        if inside := complete(path) if path.is_dir() else []:
+            hint = f"; one of its folders is meant, the latest is {inside[-1].name}"
+        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {TRAINER}{hint}")
+    try:
+        state = json.loads(file.read_text())
+        missing = {"format", "step", "files", "data"} - set(state)
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    if missing:
+        raise CheckpointError(f"{file} is damaged: it lacks {', '.join(sorted(missing))}")
+    if state["format"] != FORMAT:
+        raise CheckpointError(f"{file} is of format {state['format']}, this version reads {FORMAT}")
+    return dict(state)
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Keep a checkpoint from being deleted meanwhile. Raises CheckpointError if it is gone."""
+    try:
+        with open(path / TRAINER, "rb") as file:
+            _lock(file, fcntl.LOCK_SH)
+            yield
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {TRAINER}") from error
+
+
+def checksum(file: Path) -> dict[str, int]:
+    """Size and CRC-32 of a file."""
+    size = crc = 0
+    with open(file, "rb") as stream:
+        while block := stream.read(_BLOCK):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return {"bytes": size, "crc32": crc}
+
+
+def verify(path: Path, files: dict[str, dict[str, int]], share: int = 0, shares: int = 1) -> list[str]:
+    """What is wrong with the files of a checkpoint, each named; nothing if they are as they were written.
+
+    Args:
+        files: `files` of trainer.json.
+        share, shares: look at every `shares`-th file only, so that ranks can share the work.
+    """
+    wrong = []
+    for name in sorted(files)[share::shares]:
+        try:
+            found = checksum(path / name)
+        except OSError as error:
+            wrong.append(f"{path / name}: {error.strerror or error}")
+            continue
+        if found["bytes"] != files[name]["bytes"]:
+            wrong.append(f"{path / name} has {found['bytes']} bytes, {files[name]['bytes']} were written")
+        elif found != files[name]:
+            wrong.append(f"{path / name} is damaged: its checksum is not that of what was written")
+    return wrong
+
+
+def sync(path: Path) -> None:
+    """Make the names in a folder, or the content of a file, outlive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def surplus(checkpoints: Sequence[Path], keep_last: int, keep_every: int) -> list[Path]:
+    """Which checkpoints may be deleted.
+
+    Kept are the latest `keep_last` (0: all), those of every `keep_every`-th step (0: none for that), and the latest
+    whose weights are finite.
+
+    Args:
+        checkpoints: complete ones, oldest first.
+    """
+    if keep_last == 0:
+        return []
+    old = [path for path in checkpoints[:-keep_last] if not keep_every or step_of(path) % keep_every]
+    newer = checkpoints[-keep_last:]
+    if not any(_finite(path) for path in newer):
+        newest = next((path for path in reversed(checkpoints) if _finite(path)), None)
+        old = [path for path in old if path != newest]
+    return old
+
+
+def delete(path: Path) -> bool:
+    """Delete a checkpoint, unless it is being read. A kill in the middle leaves an unfinished one.
+
+    Returns:
+        Whether it is gone.
+    """
+    try:
+        with open(path / TRAINER, "rb+") as file:  # NFS wants a file that is open for writing
+            if not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                return False
+            gone = path.with_name(path.name + UNFINISHED)
+            path.rename(gone)
+            shutil.rmtree(gone)
+    except FileNotFoundError:
+        return True
+    return True
+
+
+def _finite(path: Path) -> bool:
+    return bool(read_trainer(path).get("finite"))
+
+
+def _lock(file: IO[bytes], how: int) -> bool:
+    """Whether the lock was had. Where a file system has no locks, nothing is deleted."""
+    try:
+        fcntl.flock(file, how)
+    except OSError:
+        return bool(how & fcntl.LOCK_SH)
+    return True

@@ -1,0 +1,92 @@
+"""Where a run begins: from nothing, from another run's weights, or where it stopped."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from emu2_megatron.checkpoint import files
+from emu2_megatron.checkpoint.load import load, load_weights
+from emu2_megatron.config.schema import Config
+from emu2_megatron.data.loader import Loader
+from emu2_megatron.errors import CheckpointError, ConfigError
+from emu2_megatron.parallel.wrap import Engine
+from emu2_megatron.training.launch import checkpoint_directory, resume
+
+
+@contextmanager
+def only_run(config: Config) -> Iterator[None]:
+    """Hold the lock of the checkpoint directory; called by all ranks together.
+
+    Raises:
+        ConfigError: another run holds it.
+    """
+    problem, lock = [""], None
+    if dist.get_rank() == 0:
+        file = checkpoint_directory(config) / "run.lock"
+        lock = open(file, "a+")  # noqa: SIM115  (held as long as the run)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+            lock.flush()
+        except BlockingIOError:
+            lock.seek(0)
+            problem = [f"checkpoint.directory: {file.parent} is in use by another run ({lock.read()}); legal: one each"]
+        except OSError as error:  # a file system without locks
+            print(f"{file.parent} has no locks ({error.strerror}): see that no other run uses it", flush=True)
+    dist.broadcast_object_list(problem, src=0)
+    try:
+        if problem[0]:
+            raise ConfigError(problem[0])
+        yield
+    finally:
+        if lock:
+            lock.close()
+
+
+def begin(config: Config, engine: Engine, loader: Loader) -> tuple[int, list[str]]:
+    """Fill engine and loader from what the configuration says; called by all ranks together.
+
+    Returns:
+        The steps that are done, and what there is to say about it.
+
+    Raises:
+        CheckpointError: what was asked for cannot be loaded.
+    """
+    found = _candidates(config)
+    for path in found:
+        try:
+            trainer = load(path, engine)
+            loader.load_state(trainer["data"])
+            return int(trainer["step"]), [f"resumed from {path}: step {trainer['step']} is done"]
+        except CheckpointError as error:
+            if path == found[-1] or not config.checkpoint.older_if_damaged:
+                raise CheckpointError(f"{error}{_hint(config, path, found)}") from error
+            if dist.get_rank() == 0:
+                print(f"{error}; trying an older checkpoint", flush=True)
+    if source := config.checkpoint.initialize_from:
+        load_weights(source, engine)
+        return 0, [f"weights are those of {source}"]
+    return 0, []
+
+
+def _candidates(config: Config) -> list[Path]:
+    """What to resume from, the best first; the same on all ranks."""
+    found: list[Any] = [[]]
+    if dist.get_rank() == 0:
+        wanted = resume(config)
+        directory = checkpoint_directory(config)
+        found = [list(reversed(files.complete(directory))) if wanted == "auto" else [Path(wanted)] if wanted else []]
+    dist.broadcast_object_list(found, src=0)
+    return list(found[0])
+
+
+def _hint(config: Config, path: Path, found: list[Path]) -> str:
+    older = found[found.index(path) + 1 :]
+    return f"; checkpoint.older_if_damaged=true goes on from {older[0].name}" if older else ""
