@@ -15,6 +15,9 @@ namespace emu2 {
 constexpr int kWarp = 32;
 constexpr int kThreads = 256;  // of every block
 constexpr int kWarps = kThreads / kWarp;
+// Blocks of a multiprocessor at least, so 64 registers a thread at most. Asked for more, nvcc spills to get there, and 1024
+// threads with 64 bytes on their way each are more than memory needs to stay busy.
+constexpr int kResident = 4;
 
 // Arithmetic is fp32 everywhere; these are the only conversions. To 16 bits they round to nearest, ties to even.
 __device__ inline float to_float(float x) { return x; }
@@ -72,6 +75,12 @@ constexpr int kWidest = std::min({16 / int(sizeof(T))...});
 template <typename... Pointers>
 bool aligned(int64_t bytes, int64_t row_bytes, const Pointers*... pointers) {
     return row_bytes % bytes == 0 && ((reinterpret_cast<uintptr_t>(pointers) % bytes == 0) && ...);
+}
+
+// Kernels count rows and elements of a row in 32 bits, with room for a stride; only offsets have 64.
+template <typename... Sizes>
+bool countable(Sizes... sizes) {
+    return ((sizes >= 0 && sizes <= int64_t(1) << 30) && ...);
 }
 
 // Calls f with a value of the dtype's type.

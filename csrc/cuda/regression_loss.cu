@@ -26,9 +26,9 @@ __device__ inline float block_sum(float x) {
 // This lane's share of a row's squared error.
 template <int V, bool kGradient, typename T>
 __device__ inline float row_error(const T* __restrict__ predicted, const T* __restrict__ target,
-                                  T* __restrict__ gradient, float factor, int64_t width) {
+                                  T* __restrict__ gradient, float factor, int width) {
     float sum = 0.0f;
-    for (int64_t i = threadIdx.x % kWarp * V; i < width; i += kWarp * V) {
+    for (int i = threadIdx.x % kWarp * V; i < width; i += kWarp * V) {
         const Pack<T, V> p = load<V>(predicted + i), t = load<V>(target + i);
         Pack<T, V> g;
 #pragma unroll
@@ -43,11 +43,11 @@ __device__ inline float row_error(const T* __restrict__ predicted, const T* __re
 }
 
 template <int V, typename T>
-__device__ inline void zero_row(T* row, int64_t width) {
+__device__ inline void zero_row(T* row, int width) {
     Pack<T, V> zeros;
 #pragma unroll
     for (int k = 0; k < V; ++k) zeros.value[k] = from_float<T>(0.0f);
-    for (int64_t i = threadIdx.x % kWarp * V; i < width; i += kWarp * V) store<V>(row + i, zeros);
+    for (int i = threadIdx.x % kWarp * V; i < width; i += kWarp * V) store<V>(row + i, zeros);
 }
 
 // True in all threads of the one block that gets here last; what all blocks wrote before is visible to it then.
@@ -64,36 +64,36 @@ __device__ inline bool is_last_block(uint32_t* counter) {
 }
 
 template <typename T, int V, bool kGradient>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
 regression_loss_kernel(const T* predicted, const T* target, const int32_t* slot, const float* denominator,
                        const float* gradient_scale, T* gradient, float* partial, uint32_t* counter, float* loss,
-                       int64_t rows, int64_t target_rows, int64_t width) {
+                       int rows, int target_rows, int width) {
     const bool first_lane = threadIdx.x % kWarp == 0;
     // The loss scale comes in before rounding to T: in fp16 the gradient of a mean would be nearly all zeros.
     const float factor = *gradient_scale * 2.0f / *denominator;
-    const int64_t first = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-    for (int64_t row = first; row < rows; row += int64_t(gridDim.x) * kWarps) {
-        const int64_t source = slot[row];  // the same in all lanes
+    for (int row = blockIdx.x * kWarps + threadIdx.x / kWarp; row < rows; row += gridDim.x * kWarps) {
+        const int source = slot[row];  // the same in all lanes
         if (source >= target_rows) __trap();
+        T* row_gradient = kGradient ? gradient + int64_t(row) * width : nullptr;
         float sum = 0.0f;
         if (source >= 0) {
-            T* row_gradient = kGradient ? gradient + row * width : nullptr;
-            sum = row_error<V, kGradient>(predicted + row * width, target + source * width, row_gradient, factor, width);
+            sum = row_error<V, kGradient>(predicted + int64_t(row) * width, target + int64_t(source) * width,
+                                          row_gradient, factor, width);
         } else if (kGradient) {
-            zero_row<V>(gradient + row * width, width);
+            zero_row<V>(row_gradient, width);
         }
         sum = warp_sum(sum);
         if (first_lane) partial[row] = sum;
     }
     if (!is_last_block(counter)) return;
     float sum = 0.0f;
-    for (int64_t row = threadIdx.x; row < rows; row += kThreads) sum += partial[row];
+    for (int row = threadIdx.x; row < rows; row += kThreads) sum += partial[row];
     sum = block_sum(sum);
     if (threadIdx.x == 0) *loss = sum / *denominator;
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
 rescale_kernel(const T* gradient, const float* upstream, const float* folded, T* out, int64_t elements,
                int64_t vectors) {
     constexpr int V = kWidest<T>;
@@ -116,6 +116,7 @@ rescale_kernel(const T* gradient, const float* upstream, const float* folded, T*
 int emu2_regression_loss(const void* predicted, const void* target, const int32_t* slot, const float* denominator,
                          const float* gradient_scale, void* gradient, float* partial, uint32_t* counter, float* loss,
                          int64_t rows, int64_t target_rows, int64_t width, int dtype, void* stream) {
+    if (!emu2::countable(rows, target_rows, width)) return cudaErrorInvalidValue;
     return emu2::with_type(dtype, [&](auto element) {
         using T = decltype(element);
         constexpr int V = emu2::kWidest<T>;
@@ -126,8 +127,8 @@ int emu2_regression_loss(const void* predicted, const void* target, const int32_
         }
         const int64_t blocks = (rows + emu2::kWarps - 1) / emu2::kWarps;
         return emu2::launch(kernel, blocks, stream, static_cast<const T*>(predicted), static_cast<const T*>(target),
-                            slot, denominator, gradient_scale, static_cast<T*>(gradient), partial, counter, loss, rows,
-                            target_rows, width);
+                            slot, denominator, gradient_scale, static_cast<T*>(gradient), partial, counter, loss,
+                            int(rows), int(target_rows), int(width));
     });
 }
 

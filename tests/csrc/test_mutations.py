@@ -1,0 +1,209 @@
+"""Seeded bugs: each must be reported by the tool that is named for it, so that silence of the tools means something.
+
+A mutation is a piece of a kernel's text and what takes its place. The tools:
+
+    numbers    the checks of kernel_cases.py, one schedule
+    bits       outputs that depend on the schedule or the number of blocks
+    emulator   a kernel that the emulator stops: threads that miss each other, wrong masks
+    address, undefined, thread    the sanitizers of these names
+"""
+
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from emulation import (
+    COMPILER,
+    KERNELS,
+    REPOSITORY,
+    SIMT,
+    SOURCES,
+    Emulated,
+    Stopped,
+    compile_emulator,
+    compile_kernels,
+    driver_cases,
+    link,
+    run_driver,
+)
+from kernel_cases import ROWS, Rows, all_checks, check_loss_scale, equal_to_the_bit, matrix, scalar
+
+
+class Mutation(NamedTuple):
+    tool: str
+    file: str
+    old: str
+    new: str
+
+
+LOSS, ROW, POOL = "regression_loss.cu", "interleave.cu", "pool.cu"
+MUTATIONS = {
+    "no barrier before the sums of the warps are read": Mutation(
+        "thread", LOSS, "    __syncthreads();\n    x = threadIdx.x < kWarps", "    x = threadIdx.x < kWarps"
+    ),
+    "all lanes write their warp's sum": Mutation(
+        "thread", LOSS, "if (threadIdx.x % kWarp == 0) sums[", "sums["
+    ),
+    "a block counts as done before all its warps have written": Mutation(
+        "thread", LOSS, "    __syncthreads();  // this block has written\n", ""
+    ),
+    "no fence before the block counts as done": Mutation(
+        "thread", LOSS, "        __threadfence();  // and everybody sees it before it counts as done\n", ""
+    ),
+    "no fence behind the count": Mutation("thread", LOSS, "        __threadfence();  // nothing is read before that\n", ""),
+    "no barrier before the verdict on the last block is read": Mutation(
+        "thread", LOSS, "    __syncthreads();\n    return last;", "    return last;"
+    ),
+    "the last block is taken for the last but one": Mutation(
+        "numbers", LOSS, "== gridDim.x - 1;  // the last", "== gridDim.x - 2;  // the last"
+    ),
+    "the counter is not reset": Mutation(
+        "numbers", LOSS, "atomicInc(counter, gridDim.x - 1)", "atomicInc(counter, gridDim.x)"
+    ),
+    "the final sum starts where the last block's number says": Mutation(
+        "bits", LOSS, "for (int row = threadIdx.x; row < rows;", "for (int row = (threadIdx.x + blockIdx.x) % kThreads; row < rows;"
+    ),
+    "half a warp in the mask of a shuffle": Mutation("emulator", LOSS, "0xffffffffu", "0x0000ffffu"),
+    "lanes leave before a shuffle that names them": Mutation(
+        "emulator", LOSS, "    x = threadIdx.x < kWarps ? sums[threadIdx.x] : 0.0f;", "    if (threadIdx.x >= kWarps) return 0.0f;\n    x = sums[threadIdx.x];"
+    ),
+    "a barrier that only one warp reaches": Mutation(
+        "emulator", LOSS, "    __syncthreads();  // this block", "    if (threadIdx.x < kWarp) __syncthreads();  // this block"
+    ),
+    "the shuffles begin at half the distance": Mutation(
+        "numbers", LOSS, "int distance = kWarp / 2;", "int distance = kWarp / 4;"
+    ),
+    "shared memory for one warp too few": Mutation(
+        "undefined", LOSS, "float sums[kWarps];", "float sums[kWarps - 1];"
+    ),
+    "no zeros where nothing is predicted": Mutation(
+        "numbers", LOSS, "            zero_row<V>(row_gradient, width);\n", ""
+    ),
+    "rows without a target are read": Mutation("address", LOSS, "if (source >= 0) {", "if (source >= EMU2_NOTHING) {"),
+    "sums are kept in the dtype": Mutation(
+        "numbers", LOSS, "sum += error * error;", "sum = to_float(from_float<T>(sum + error * error));"
+    ),
+    "the loss scale comes in behind the rounding": Mutation(
+        "numbers",
+        LOSS,
+        "from_float<T>(factor * error);",
+        "from_float<T>(to_float(from_float<T>(factor / 65536.0f * error)) * 65536.0f);",
+    ),
+    "a slot just behind the targets is let through": Mutation(
+        "numbers", LOSS, "if (source >= target_rows) __trap();", "if (source > target_rows) __trap();"
+    ),
+    "vectors wherever the width allows": Mutation(
+        "undefined", LOSS, "aligned(16, width * int64_t(sizeof(T)), predicted, target, gradient)", "aligned(16, width * int64_t(sizeof(T)))"
+    ),
+    "the tail is one element too long": Mutation("address", LOSS, "+ first; i < elements;", "+ first; i <= elements;"),
+    "the tail is forgotten": Mutation("numbers", LOSS, "+ first; i < elements;", "+ first; i < 0;"),
+    "the offset of a target has 32 bits": Mutation(
+        "undefined", LOSS, "target + int64_t(source) * width", "target + source * width"
+    ),
+    "one chunk too many is loaded": Mutation(
+        "address", ROW, "if (from != nullptr && i < chunks)", "if (from != nullptr && i <= chunks)"
+    ),
+    "the offset of a visual row has 32 bits": Mutation(
+        "undefined", ROW, "from = visual + int64_t(source) * chunks", "from = visual + source * chunks"
+    ),
+    "the text's gradient stays where a visual row stands": Mutation(
+        "numbers", ROW, "source == EMU2_TEXT ? from : nullptr", "from"
+    ),
+    "windows begin in the wrong row of patches": Mutation(
+        "numbers", POOL, "place / across * window * side", "place / across * side"
+    ),
+    "CLS is not left out": Mutation("numbers", POOL, "(1 + side * side) + 1 + corner)", "(1 + side * side) + corner)"),
+    "CLS gets a gradient": Mutation("numbers", POOL, "if (patch >= 0) mean", "if (patch >= -1) mean"),
+    "only one of two pointers is looked at": Mutation(
+        "undefined", POOL, "aligned(V * sizeof(Out), width * int64_t(sizeof(Out)), out)", "true"
+    ),
+}
+
+VARIANT = {"numbers": "plain", "bits": "plain", "emulator": "plain", "undefined": "address"}  # others: their own name
+CHECKS = {LOSS: ("regression_loss", "rescale"), ROW: ("interleave",), POOL: ("pool",)}
+CASES = {LOSS: ("rows", "rescale"), ROW: ("rows",), POOL: ("windows",)}
+FAR = "far 65537 40000"
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(COMPILER is None, reason="the emulator needs g++")]
+
+
+def mutated(text: str, mutation: Mutation) -> str:
+    assert text.count(mutation.old) == 1, f"{mutation.file} has this {text.count(mutation.old)} times: {mutation.old}"
+    return text.replace(mutation.old, mutation.new)
+
+
+@pytest.fixture(scope="session")
+def builds(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A library for each mutation, or a program where its tool is a sanitizer. Only the mutated file is compiled again."""
+    root = tmp_path_factory.mktemp("mutations")
+    common: dict[str, dict[str, Path]] = {}
+    for variant in ("plain", "address", "thread"):
+        sources = [KERNELS / name for name in SOURCES]
+        if variant != "plain":
+            sources.append(SIMT.parent / "driver.cpp")
+        objects = compile_emulator(root / variant, variant) + compile_kernels(sources, root / variant, variant)
+        common[variant] = {path.name: path for path in objects}
+
+    def build(number: int, mutation: Mutation) -> Path:
+        folder = root / str(number)
+        shutil.copytree(KERNELS, folder)
+        source = folder / mutation.file
+        source.write_text(mutated(source.read_text(), mutation))
+        variant = VARIANT.get(mutation.tool, mutation.tool)
+        (fresh,) = compile_kernels([source], folder, variant)
+        objects = list({**common[variant], fresh.name: fresh}.values())
+        return link(objects, folder / "build", variant, library=variant == "plain")
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(MUTATIONS, pool.map(build, range(len(MUTATIONS)), MUTATIONS.values()), strict=True))
+
+
+def first_report(library: Path, file: str) -> str:
+    """numbers, bits or emulator: what is found first, looking in this order at each check; empty if nothing is."""
+    kernels = Emulated(library)
+    checks = {name: check for name, check in all_checks().items() if name.startswith(CHECKS[file])}
+    try:
+        for check in checks.values():
+            check(kernels)
+        if file == LOSS:
+            check_loss_scale(kernels)
+            case, slot = ROWS[0], torch.full((1,), 2, dtype=torch.int32)
+            two, one = matrix(Rows(2, 0, 8), (2, 8), torch.float32, "cpu"), scalar(1, "cpu")
+            with pytest.raises(Stopped, match="trap"):
+                kernels.regression_loss(two[:1], two, slot, one, one, True)
+        for check in checks.values():
+            outputs = []
+            for multiprocessors, seed in ((2, 0), (3, 1)):
+                kernels.configure(multiprocessors, seed)
+                outputs.append(check(kernels))
+            if not all(map(equal_to_the_bit, *outputs)):
+                return "bits"
+    except (AssertionError, pytest.fail.Exception):
+        return "numbers"
+    except Stopped:
+        return "emulator"
+    return ""
+
+
+def sanitizer_report(driver: Path, file: str) -> str:
+    cases = [line for line in driver_cases() if line.startswith(CASES[file])]
+    done = run_driver(driver, cases + ([FAR] if file != POOL and "far" else []), 2, 3)
+    for pattern, tool in (
+        ("ERROR: AddressSanitizer", "address"),
+        ("runtime error: ", "undefined"),
+        ("WARNING: ThreadSanitizer: data race", "thread"),
+    ):
+        if pattern in done.stderr:
+            return tool
+    return "" if done.returncode == 0 else f"exit {done.returncode}: {done.stdout}{done.stderr}"
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_mutation_is_caught(name: str, builds: dict[str, Path]) -> None:
+    mutation = MUTATIONS[name]
+    report = first_report if VARIANT.get(mutation.tool) == "plain" else sanitizer_report
+    assert report(builds[name], mutation.file) == mutation.tool
