@@ -33,24 +33,18 @@ def run(command: Sequence[str | Path]) -> None:
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
 
 
-def compile_emulator(folder: Path, variant: str) -> list[Path]:
-    """Objects of the emulator itself. It is not instrumented against races: its own state would be reported."""
-    flags = ["-DSIMT_THREAD_SANITIZER"] if variant == "thread" else VARIANTS[variant]
-    return compile_sources(sorted(SIMT.glob("*.cpp")), folder, flags)
+def compile_sources(sources: Sequence[Path], folder: Path, variant: str) -> list[Path]:
+    """Two at a time. A `.cu` file is C++ to g++: its CUDA comes from the emulator's headers.
 
-
-def compile_kernels(sources: Sequence[Path], folder: Path, variant: str) -> list[Path]:
-    return compile_sources(sources, folder, VARIANTS[variant])
-
-
-def compile_sources(sources: Sequence[Path], folder: Path, flags: Sequence[str]) -> list[Path]:
-    """Two at a time. A `.cu` file is C++ to g++, its CUDA comes from the emulator's headers."""
+    The emulator itself is not instrumented against races: its own state would be reported.
+    """
     assert COMPILER is not None
     folder.mkdir(parents=True, exist_ok=True)
 
     def one(source: Path) -> Path:
+        flags = ["-DSIMT_THREAD_SANITIZER"] if variant == "thread" and source.parent == SIMT else VARIANTS[variant]
         target = folder / f"{source.name}.o"
-        include = ["-I", SIMT / "include", "-I", KERNELS]
+        include = ["-I", SIMT / "include", "-I", SIMT]
         run([COMPILER, *FLAGS, *flags, *include, "-x", "c++", "-c", source, "-o", target])
         return target
 
@@ -64,22 +58,41 @@ def link(objects: Sequence[Path], target: Path, variant: str, library: bool) -> 
     return target
 
 
-def driver_cases(kernels: str = "") -> list[str]:
-    """The shared cases as lines for csrc/driver.cpp. `kernels` leaves only the lines that begin with it."""
-    lines = []
+FAR = "far 65537 40000"
+"""A case for the driver: the offset of its visual row does not fit into 32 bits."""
+
+
+def driver_cases(*kinds: str) -> list[str]:
+    """The shared cases as lines for csrc/driver.cpp; `kinds` leaves only these. Each of a case's matrices starts beside an
+    aligned address, then all of them."""
+
+    def lines(words: str, offset: int, matrices: int) -> list[str]:
+        shifted = [*range(matrices)] if offset else []
+        choices = [[offset * (i == j) for i in range(matrices)] for j in shifted] + [[offset] * matrices]
+        return [f"{words} {' '.join(map(str, offsets))}" for offsets in choices]
+
+    found = []
     for code, dtype in enumerate(DTYPES):
         if dtype is torch.float16:
             continue  # to a sanitizer the same as bfloat16
-        lines += [f"rows {code} {c.rows} {c.visual_rows} {c.width} {c.offset}" for c in ROWS]
-        lines += [f"rescale {code} {elements} {offset}" for elements, offset in RESCALES]
-        for out in (0, 2):
-            lines += [f"windows {code} {out} {c.images} {c.side} {c.window} {c.width} {c.offset}" for c in WINDOWS]
-    return [line for line in lines if line.startswith(kernels)]
+        for rows in (case for case in ROWS if case.only is None):
+            found += lines(f"rows {code} {rows.rows} {rows.visual_rows} {rows.width}", rows.offset, 3)
+        for elements, offset in RESCALES:
+            found += lines(f"rescale {code} {elements}", offset, 2)
+        for case in (case for case in WINDOWS if case.only is None):
+            for out in (0, 2):
+                words = f"windows {code} {out} {case.images} {case.side} {case.window} {case.width}"
+                found += lines(words, case.offset, 2)
+    return [line for line in found if line.split()[0] in kinds or not kinds]
 
 
 def run_driver(driver: Path, cases: Sequence[str], multiprocessors: int, seed: int) -> subprocess.CompletedProcess[str]:
     """Addresses are not randomised where the system lets us choose: the race detector knows only some layouts."""
-    options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    options = {
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "TSAN_OPTIONS": "halt_on_error=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
     fixed = subprocess.run(["setarch", "-R", "true"], capture_output=True).returncode == 0
     command = [*(["setarch", "-R"] if fixed else []), str(driver), str(multiprocessors), str(seed)]
     done = subprocess.run(

@@ -46,7 +46,9 @@ class Rows(NamedTuple):
     visual_rows: int
     width: int
     offset: int = 0
-    """Elements by which every matrix starts beside an aligned address."""
+    """Elements by which matrices start beside an aligned address."""
+    only: int | None = None
+    """The one matrix that does so, of the arguments (0, 1); None: all do, outputs too where they can be chosen."""
 
 
 class Windows(NamedTuple):
@@ -57,12 +59,16 @@ class Windows(NamedTuple):
     window: int
     width: int
     offset: int = 0
+    only: int | None = None
+    """0 is the patches, 1 the windows' gradient."""
 
 
 ROWS = (
     Rows(13, 7, 64),  # vectors; fewer of them than a warp or block has threads
     Rows(9, 4, 37),  # odd
     Rows(5, 5, 72, offset=1),  # would do for vectors, but stands beside an aligned address
+    Rows(5, 5, 72, offset=1, only=0),
+    Rows(5, 5, 72, offset=1, only=1),
     Rows(6, 2, 36, offset=2),  # 4 bytes at a time in 16 bits
     Rows(40, 11, 1032),  # a warp's loop with a tail, more rows than a small device holds warps
     Rows(3, 1, 8200),  # a block's loop with a tail, in both widths of a vector
@@ -77,6 +83,8 @@ WINDOWS = (
     Windows(3, 4, 1, 24),
     Windows(1, 6, 3, 37),
     Windows(2, 8, 4, 40, offset=1),
+    Windows(2, 8, 4, 40, offset=1, only=0),
+    Windows(2, 8, 4, 40, offset=1, only=1),
     Windows(1, 4, 4, 8),
     Windows(1, 2, 2, 2056),  # a block's loop with a tail
     Windows(1, 9, 3, 1),
@@ -84,11 +92,12 @@ WINDOWS = (
 )
 
 
-def matrix(case: Rows | Windows, shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
-    """Standard normal values, exact in the dtype, starting `case.offset` elements beside an aligned address."""
-    generator = torch.Generator().manual_seed(seed)
+def matrix(case: Rows | Windows, number: int, shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """Standard normal values, exact in the dtype, for the argument of this number, where the case wants it to start."""
+    offset = case.offset if case.only in (None, number) else 0
+    generator = torch.Generator().manual_seed(number)
     values = torch.randn(shape, generator=generator).to(dtype)
-    memory = torch.empty(values.numel() + case.offset, dtype=dtype, device=device)[case.offset :]
+    memory = torch.empty(values.numel() + offset, dtype=dtype, device=device)[offset:]
     return memory.view(shape).copy_(values)
 
 
@@ -117,8 +126,8 @@ def equal_to_the_bit(a: Tensor, b: Tensor) -> bool:
 def check_interleave(kernels: Kernels, case: Rows, dtype: torch.dtype) -> list[Tensor]:
     """Rows are moved, not computed with: every bit must arrive."""
     device, shape = kernels.device, (case.rows, case.width)
-    text, gradient = (matrix(case, shape, dtype, device, seed) for seed in (0, 1))
-    visual = matrix(case, (case.visual_rows, case.width), dtype, device, 2)
+    text, gradient = matrix(case, 0, shape, dtype, device), matrix(case, 0, shape, dtype, device).neg_()
+    visual = matrix(case, 1, (case.visual_rows, case.width), dtype, device)
     slot = slots(case, device)
     out = kernels.interleave(text, visual, slot)
     text_gradient, visual_gradient = kernels.interleave_backward(gradient, slot, case.visual_rows)
@@ -166,8 +175,8 @@ def check_regression_loss(
     times 2^-24, and four roundings more.
     """
     device = kernels.device
-    predicted = matrix(case, (case.rows, case.width), dtype, device, 3).mul_(spread)
-    target = matrix(case, (case.visual_rows, case.width), dtype, device, 4).mul_(spread)
+    predicted = matrix(case, 0, (case.rows, case.width), dtype, device).mul_(spread)
+    target = matrix(case, 1, (case.visual_rows, case.width), dtype, device).mul_(spread)
     slot = slots(case, device)
     used = slot >= 0
     predicted[~used] = NAN
@@ -203,7 +212,7 @@ def check_loss_scale(kernels: Kernels) -> None:
 
 def check_rescale(kernels: Kernels, elements: int, offset: int, dtype: torch.dtype) -> list[Tensor]:
     case = Rows(1, 1, elements, offset)
-    gradient = matrix(case, (elements,), dtype, kernels.device, 5)
+    gradient = matrix(case, 0, (elements,), dtype, kernels.device)
     out = kernels.rescale(gradient, scalar(3.0, kernels.device), scalar(7.0, kernels.device))
     assert_rounded(out, gradient.double() * 3 / 7, "rescale")
     return [out]
@@ -216,8 +225,8 @@ def check_pool(kernels: Kernels, case: Windows, dtype: torch.dtype, out_dtype: t
     """Against float64. Forward adds up to 16 values before the one rounding: that many units of the largest sum."""
     device, side, window = kernels.device, case.side, case.window
     across, patches = side // window, 1 + side * side
-    hidden = matrix(case, (case.images, patches, case.width), dtype, device, 6)
-    gradient = matrix(case, (case.images, across * across, case.width), out_dtype, device, 7)
+    hidden = matrix(case, 0, (case.images, patches, case.width), dtype, device)
+    gradient = matrix(case, 1, (case.images, across * across, case.width), out_dtype, device)
     hidden[:, 0] = NAN  # CLS
     out = kernels.pool(hidden, across * across, out_dtype)
     hidden_gradient = kernels.pool_backward(gradient, patches, dtype)
@@ -239,6 +248,10 @@ def check_pool(kernels: Kernels, case: Windows, dtype: torch.dtype, out_dtype: t
     return [out, hidden_gradient]
 
 
+def shift(case: Rows | Windows) -> str:
+    return "" if case.offset == 0 else f"+{case.offset}{'' if case.only is None else 'ab'[case.only]}"
+
+
 Check = Callable[[Kernels], list[Tensor]]
 
 
@@ -248,7 +261,7 @@ def all_checks(rows: tuple[Rows, ...] = ROWS, windows: tuple[Windows, ...] = WIN
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
         for case in rows:
-            place = f"{name}-{case.rows}x{case.width}-{case.visual_rows}+{case.offset}"
+            place = f"{name}-{case.rows}x{case.width}-{case.visual_rows}{shift(case)}"
             checks[f"interleave-{place}"] = lambda k, c=case, d=dtype: check_interleave(k, c, d)
             checks[f"regression_loss-{place}"] = lambda k, c=case, d=dtype: check_regression_loss(k, c, d)
         for elements, offset in RESCALES:
@@ -258,7 +271,7 @@ def all_checks(rows: tuple[Rows, ...] = ROWS, windows: tuple[Windows, ...] = WIN
         for out_dtype in DTYPES:
             for window in windows:
                 place = f"{name}-{str(out_dtype).removeprefix('torch.')}-{window.images}x{window.side}"
-                checks[f"pool-{place}-{window.window}x{window.width}+{window.offset}"] = (
+                checks[f"pool-{place}-{window.window}x{window.width}{shift(window)}"] = (
                     lambda k, c=window, d=dtype, o=out_dtype: check_pool(k, c, d, o)
                 )
     return checks

@@ -2,8 +2,8 @@
 //
 //   driver MULTIPROCESSORS SEED < cases
 //
-// A case is a line: `rows DTYPE ROWS VISUAL_ROWS WIDTH OFFSET`, `windows DTYPE OUT_DTYPE IMAGES SIDE WINDOW WIDTH OFFSET`,
-// `rescale DTYPE ELEMENTS OFFSET` or `far WIDTH ROW` (one visual row, very far behind the others). Ends with 1 and the
+// A case is a line: `rows DTYPE ROWS VISUAL_ROWS WIDTH OFFSETS(3)`, `windows DTYPE OUT_DTYPE IMAGES SIDE WINDOW WIDTH
+// OFFSETS(2)`, `rescale DTYPE ELEMENTS OFFSETS(2)` (by how many elements each matrix starts beside an aligned address) or `far WIDTH ROW` (one visual row, very far behind the others). Ends with 1 and the
 // emulator's report if that stopped a kernel.
 #include <sys/mman.h>
 
@@ -43,15 +43,16 @@ void must(int code) {
     std::exit(1);
 }
 
-void rows(int dtype, int64_t rows, int64_t visual_rows, int64_t width, int64_t offset) {
-    const int64_t size = size_of(dtype), row_bytes = width * size, before = offset * size;
+void rows(int dtype, int64_t rows, int64_t visual_rows, int64_t width, const int64_t* offset) {
+    const int64_t size = size_of(dtype), row_bytes = width * size;
     Buffer slot(rows * 4);
     int64_t next = 0;
     for (int64_t i = 0; i < rows; ++i) {
         const bool text = i % 3 == 1 || next == visual_rows;
         slot.get<int32_t>()[i] = text ? (i % 2 ? EMU2_TEXT : EMU2_NOTHING) : int32_t(next++);
     }
-    Buffer text(rows * row_bytes, before), visual(visual_rows * row_bytes, before), out(rows * row_bytes, before);
+    Buffer text(rows * row_bytes, offset[0] * size), visual(visual_rows * row_bytes, offset[1] * size);
+    Buffer out(rows * row_bytes, offset[2] * size);
     const auto* slots = slot.get<int32_t>();
     must(emu2_interleave(text.get(), visual.get(), slots, out.get(), rows, visual_rows, row_bytes, nullptr));
     must(emu2_interleave_backward(out.get(), slots, text.get(), visual.get(), rows, visual_rows, row_bytes, nullptr));
@@ -65,17 +66,18 @@ void rows(int dtype, int64_t rows, int64_t visual_rows, int64_t width, int64_t o
     }
 }
 
-void windows(int dtype, int out_dtype, int64_t images, int64_t side, int64_t window, int64_t width, int64_t offset) {
+void windows(int dtype, int out_dtype, int64_t images, int64_t side, int64_t window, int64_t width,
+             const int64_t* offset) {
     const int64_t across = side / window;
-    Buffer hidden(images * (1 + side * side) * width * size_of(dtype), offset * size_of(dtype));
-    Buffer out(images * across * across * width * size_of(out_dtype), offset * size_of(out_dtype));
+    Buffer hidden(images * (1 + side * side) * width * size_of(dtype), offset[0] * size_of(dtype));
+    Buffer out(images * across * across * width * size_of(out_dtype), offset[1] * size_of(out_dtype));
     must(emu2_pool(hidden.get(), out.get(), images, side, window, width, dtype, out_dtype, nullptr));
     must(emu2_pool_backward(out.get(), hidden.get(), images, side, window, width, dtype, out_dtype, nullptr));
 }
 
-void rescale(int dtype, int64_t elements, int64_t offset) {
-    const int64_t bytes = elements * size_of(dtype), before = offset * size_of(dtype);
-    Buffer gradient(bytes, before), out(bytes, before);
+void rescale(int dtype, int64_t elements, const int64_t* offset) {
+    const int64_t size = size_of(dtype);
+    Buffer gradient(elements * size, offset[0] * size), out(elements * size, offset[1] * size);
     Buffer numbers(8);
     numbers.get<float>()[0] = numbers.get<float>()[1] = 2.0f;
     must(emu2_rescale(gradient.get(), numbers.get<float>(), numbers.get<float>() + 1, out.get(), elements, dtype, nullptr));
@@ -106,23 +108,23 @@ int main(int count, char** arguments) {
     if (count != 3) return 2;
     simt_configure(std::atoi(arguments[1]), std::strtoull(arguments[2], nullptr, 10));
     std::string kind;
-    int64_t n[7];
+    int64_t n[8];
     const auto read = [&](int values) {
         for (int i = 0; i < values; ++i) std::cin >> n[i];
     };
     while (std::cin >> kind) {
         if (kind == "rows") {
-            read(5);
-            rows(int(n[0]), n[1], n[2], n[3], n[4]);
-        } else if (kind == "windows") {
             read(7);
-            windows(int(n[0]), int(n[1]), n[2], n[3], n[4], n[5], n[6]);
+            rows(int(n[0]), n[1], n[2], n[3], n + 4);
+        } else if (kind == "windows") {
+            read(8);
+            windows(int(n[0]), int(n[1]), n[2], n[3], n[4], n[5], n + 6);
         } else if (kind == "far") {
             read(2);
             far(n[0], int32_t(n[1]));
         } else {
-            read(3);
-            rescale(int(n[0]), n[1], n[2]);
+            read(4);
+            rescale(int(n[0]), n[1], n + 2);
         }
     }
     return std::cin.eof() ? 0 : 2;

@@ -46,7 +46,7 @@ def test_rescale_in_place(emulated: Emulated, dtype: torch.dtype) -> None:
 def test_slots_out_of_range_trap(emulated: Emulated) -> None:
     emulated.configure(2, 0)
     case = Rows(6, 3, 16)
-    text, visual = (matrix(case, (rows, case.width), torch.float32, "cpu") for rows in (case.rows, case.visual_rows))
+    text, visual = (matrix(case, 0, (rows, case.width), torch.float32, "cpu") for rows in (case.rows, case.visual_rows))
     slot = slots(case, "cpu")
     slot[4] = case.visual_rows
     calls = (
