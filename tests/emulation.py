@@ -19,7 +19,7 @@ SOURCES = ("interleave.cu", "pool.cu", "regression_loss.cu")
 LAUNCH_FAILURE = 719  # cudaErrorLaunchFailure
 COMPILER = shutil.which("g++")
 
-# No contraction: the emulator's fp32 is the plain one. The tls flag: dynamic shared memory is an array without a constructor.
+# No contraction: the emulator's fp32 is the plain one. The TLS flag: dynamic shared memory has no constructor.
 FLAGS = "-std=c++20 -O1 -g -fPIC -ffp-contract=off -fno-extern-tls-init -Wall -Wextra -Wno-unknown-pragmas".split()
 VARIANTS = {
     "plain": [],
@@ -63,8 +63,10 @@ FAR = "far 65537 40000"
 
 
 def driver_cases(*kinds: str) -> list[str]:
-    """The shared cases as lines for csrc/driver.cpp; `kinds` leaves only these. Each of a case's matrices starts beside an
-    aligned address, then all of them."""
+    """The shared cases as lines for csrc/driver.cpp; `kinds` leaves only these.
+
+    Each of a case's matrices starts beside an aligned address, then all of them.
+    """
 
     def lines(words: str, offset: int, matrices: int) -> list[str]:
         shifted = [*range(matrices)] if offset else []
@@ -87,6 +89,10 @@ def driver_cases(*kinds: str) -> list[str]:
 
 
 def run_driver(driver: Path, cases: Sequence[str], multiprocessors: int, seed: int) -> subprocess.CompletedProcess[str]:
+    return run_program([driver, str(multiprocessors), str(seed)], "\n".join(cases))
+
+
+def run_program(command: Sequence[str | Path], text: str = "") -> subprocess.CompletedProcess[str]:
     """Addresses are not randomised where the system lets us choose: the race detector knows only some layouts."""
     options = {
         "ASAN_OPTIONS": "detect_leaks=0",
@@ -94,9 +100,13 @@ def run_driver(driver: Path, cases: Sequence[str], multiprocessors: int, seed: i
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     fixed = subprocess.run(["setarch", "-R", "true"], capture_output=True).returncode == 0
-    command = [*(["setarch", "-R"] if fixed else []), str(driver), str(multiprocessors), str(seed)]
     done = subprocess.run(
-        command, input="\n".join(cases), text=True, capture_output=True, timeout=120, env={**os.environ, **options}
+        [*(["setarch", "-R"] if fixed else []), *map(str, command)],
+        input=text,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        env={**os.environ, **options},
     )
     assert "unexpected memory mapping" not in done.stderr, (
         "ThreadSanitizer does not run here with randomised addresses, and `setarch -R` is not permitted: permit it "

@@ -1,7 +1,7 @@
 """What every implementation of the compiled ops owes: cases, references written from the formulas, and tolerances.
 
-`tests/csrc` runs them on the CUDA kernels under the emulator, `tests/gpu` on a GPU. An implementation is a `Kernels`: the
-signatures of `torch.ops.emu2`.
+`tests/csrc` runs them on the CUDA kernels under the emulator, `tests/gpu` on a GPU. An implementation is a `Kernels`:
+the signatures of `torch.ops.emu2`.
 """
 
 from collections.abc import Callable
@@ -147,8 +147,8 @@ def check_interleave(kernels: Kernels, case: Rows, dtype: torch.dtype) -> list[T
 def rounding(dtype: torch.dtype) -> tuple[float, float]:
     """(relative, absolute) error of one rounding to the dtype after some five fp32 operations (2^-24 each).
 
-    Half a unit in the last place: 2^-11 in fp16, 2^-8 in bf16 (its last place is 2^-7 of the value at most). Below fp16's
-    normal numbers it is absolute: half of 2^-24. In fp32 the operations count: division, two factors, the difference.
+    Half a unit in the last place is at most 2^-11 of the value in fp16 and 2^-8 in bf16. Below fp16's normal numbers it
+    is absolute: half of 2^-24. In fp32 the operations count: the difference, two products, the division.
     """
     return {
         torch.float32: (5 * 2**-24, 0.0),
@@ -170,9 +170,9 @@ def check_regression_loss(
 ) -> list[Tensor]:
     """Against float64; rows that no slot names and rows nobody needs hold NaN.
 
-    Differences are of the order of `spread`, and exact in fp32 for 16-bit inputs. The loss is a sum of terms that are none
-    negative, so its relative error is below the number of additions on a value's way (at most width / 32 + rows / 256 + 16)
-    times 2^-24, and four roundings more.
+    The loss is a sum of terms that are none negative, so its relative error is below the number of roundings on a
+    value's way times 2^-24: width / 32 additions in a lane, rows / 256 in a thread of the final sum, 13 between lanes
+    and warps, and a few for the difference, its square and the division. `spread` is the order of the differences.
     """
     device = kernels.device
     predicted = matrix(case, 0, (case.rows, case.width), dtype, device).mul_(spread)

@@ -26,7 +26,7 @@ from emulation import (
     link,
     run_driver,
 )
-from kernel_cases import ROWS, Rows, all_checks, check_loss_scale, equal_to_the_bit, matrix, scalar
+from kernel_cases import Rows, all_checks, check_loss_scale, equal_to_the_bit, matrix, scalar
 
 
 class Mutation(NamedTuple):
@@ -143,7 +143,7 @@ def mutated(text: str, mutation: Mutation) -> str:
 
 @pytest.fixture(scope="session")
 def builds(objects: Callable[[str], dict[str, Path]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A library for each mutation, or a program where its tool is a sanitizer. Only the mutated file is compiled again."""
+    """A library for each mutation, or a program where its tool is a sanitizer. Only the mutated file is compiled."""
     root = tmp_path_factory.mktemp("mutations")
     unmodified = {variant: objects(variant) for variant in ("plain", "address", "thread")}
 
@@ -170,7 +170,7 @@ def first_report(library: Path, file: str) -> str:
             check(kernels)
         if file == LOSS:
             check_loss_scale(kernels)
-            case, slot = ROWS[0], torch.full((1,), 2, dtype=torch.int32)
+            slot = torch.full((1,), 2, dtype=torch.int32)
             two, one = matrix(Rows(2, 0, 8), 0, (2, 8), torch.float32, "cpu"), scalar(1, "cpu")
             with pytest.raises(Stopped, match="trap"):
                 kernels.regression_loss(two[:1], two, slot, one, one, True)
