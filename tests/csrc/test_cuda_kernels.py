@@ -43,6 +43,18 @@ def test_rescale_in_place(emulated: Emulated, dtype: torch.dtype) -> None:
     assert equal_to_the_bit(gradient, wanted)
 
 
+def test_sizes_that_cannot_be_are_refused(emulated: Emulated) -> None:
+    values = torch.zeros(64)
+    for images, side, window, width in ((1, 5, 2, 1), (1, 4, 0, 1), (2**20, 40, 2, 1), (-1, 4, 2, 1)):
+        for name in ("emu2_pool", "emu2_pool_backward"):
+            with pytest.raises(AssertionError, match="returned 1$"):
+                emulated.call(name, values, values, images, side, window, width, 0, 0)
+    with pytest.raises(AssertionError, match="returned 1$"):
+        emulated.call("emu2_interleave", values, values, values, values, 2**31, 1, 4)
+    with pytest.raises(AssertionError, match="returned 1$"):
+        emulated.call("emu2_rescale", values, values, values, values, 4, 3)
+
+
 def test_slots_out_of_range_trap(emulated: Emulated) -> None:
     emulated.configure(2, 0)
     case = Rows(6, 3, 16)

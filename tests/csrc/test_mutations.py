@@ -19,6 +19,7 @@ import torch
 from emulation import (
     FAR,
     KERNELS,
+    REPOSITORY,
     Emulated,
     Stopped,
     compile_sources,
@@ -39,20 +40,26 @@ class Mutation(NamedTuple):
 LOSS, ROW, POOL = "regression_loss.cu", "interleave.cu", "pool.cu"
 MUTATIONS = {
     "no barrier before the sums of the warps are read": Mutation(
-        "thread", LOSS, "    __syncthreads();\n    x = threadIdx.x < kWarps", "    x = threadIdx.x < kWarps"
+        "thread", LOSS, "  __syncthreads();\n  x = threadIdx.x < kWarps", "  x = threadIdx.x < kWarps"
     ),
     "all lanes write their warp's sum": Mutation("thread", LOSS, "if (threadIdx.x % kWarp == 0) sums[", "sums["),
     "a block counts as done before all its warps have written": Mutation(
-        "thread", LOSS, "    __syncthreads();  // this block has written\n", ""
+        "thread", LOSS, "  __syncthreads();  // this block has written\n", ""
     ),
     "no fence before the block counts as done": Mutation(
-        "thread", LOSS, "        __threadfence();  // and everybody sees it before it counts as done\n", ""
+        "thread",
+        LOSS,
+        "    __threadfence();                                            // and everybody sees it before it counts as done\n",
+        "",
     ),
     "no fence behind the count": Mutation(
-        "thread", LOSS, "        __threadfence();  // nothing is read before that\n", ""
+        "thread",
+        LOSS,
+        "    __threadfence();                                            // nothing is read before that\n",
+        "",
     ),
     "no barrier before the verdict on the last block is read": Mutation(
-        "thread", LOSS, "    __syncthreads();\n    return last;", "    return last;"
+        "thread", LOSS, "  __syncthreads();\n  return last;", "  return last;"
     ),
     "the last block is taken for the last but one": Mutation(
         "numbers", LOSS, "== gridDim.x - 1;  // the last", "== gridDim.x - 2;  // the last"
@@ -70,22 +77,20 @@ MUTATIONS = {
     "lanes leave before a shuffle that names them": Mutation(
         "emulator",
         LOSS,
-        "    x = threadIdx.x < kWarps ? sums[threadIdx.x] : 0.0f;",
-        "    if (threadIdx.x >= kWarps) return 0.0f;\n    x = sums[threadIdx.x];",
+        "  x = threadIdx.x < kWarps ? sums[threadIdx.x] : 0.0f;",
+        "  if (threadIdx.x >= kWarps) return 0.0f;\n  x = sums[threadIdx.x];",
     ),
     "a barrier that only one warp reaches": Mutation(
         "emulator",
         LOSS,
-        "    __syncthreads();  // this block",
-        "    if (threadIdx.x < kWarp) __syncthreads();  // this block",
+        "  __syncthreads();  // this block",
+        "  if (threadIdx.x < kWarp) __syncthreads();  // this block",
     ),
     "the shuffles begin at half the distance": Mutation(
         "numbers", LOSS, "int distance = kWarp / 2;", "int distance = kWarp / 4;"
     ),
     "shared memory for one warp too few": Mutation("undefined", LOSS, "float sums[kWarps];", "float sums[kWarps - 1];"),
-    "no zeros where nothing is predicted": Mutation(
-        "numbers", LOSS, "            zero_row<V>(row_gradient, width);\n", ""
-    ),
+    "no zeros where nothing is predicted": Mutation("numbers", LOSS, "      zero_row<V>(row_gradient, width);\n", ""),
     "rows without a target are read": Mutation("address", LOSS, "if (source >= 0) {", "if (source >= EMU2_NOTHING) {"),
     "sums are kept in the dtype": Mutation(
         "numbers", LOSS, "sum += error * error;", "sum = to_float(from_float<T>(sum + error * error));"
@@ -123,7 +128,7 @@ MUTATIONS = {
         "numbers", POOL, "place / across * window * side", "place / across * side"
     ),
     "CLS is not left out": Mutation("numbers", POOL, "(1 + side * side) + 1 + corner)", "(1 + side * side) + corner)"),
-    "CLS gets a gradient": Mutation("numbers", POOL, "if (patch >= 0) mean", "if (patch >= -1) mean"),
+    "CLS gets a gradient": Mutation("numbers", POOL, "patch < 0 ? nullptr : gradient", "gradient"),
     "only one of two pointers is looked at": Mutation(
         "undefined", POOL, "aligned(V * sizeof(Out), width * int64_t(sizeof(Out)), out)", "true"
     ),
@@ -132,8 +137,6 @@ MUTATIONS = {
 VARIANT = {"numbers": "plain", "bits": "plain", "emulator": "plain", "undefined": "address"}  # others: their own name
 CHECKS = {LOSS: ("regression_loss", "rescale"), ROW: ("interleave",), POOL: ("pool",)}
 CASES = {LOSS: ("rows", "rescale"), ROW: ("rows",), POOL: ("windows",)}  # of the driver
-
-pytestmark = pytest.mark.slow
 
 
 def mutated(text: str, mutation: Mutation) -> str:
@@ -200,6 +203,19 @@ def sanitizer_report(driver: Path, file: str) -> str:
     return "" if done.returncode == 0 else f"exit {done.returncode}: {done.stdout}{done.stderr}"
 
 
+@pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS.keys())
+def test_mutation_applies(mutation: Mutation) -> None:
+    assert mutated((KERNELS / mutation.file).read_text(), mutation)
+
+
+def test_documentation_has_them_all() -> None:
+    """docs/csrc.md has the table: name and tool of each."""
+    page = (REPOSITORY / "docs" / "csrc.md").read_text()
+    for name, mutation in MUTATIONS.items():
+        assert f"| {name} | `{mutation.file}` | {mutation.tool} |\n" in page
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutation_is_caught(name: str, builds: dict[str, Path]) -> None:
     mutation = MUTATIONS[name]

@@ -22,23 +22,23 @@ namespace simt {
 // What happened before release(tag) happened before what comes after a later acquire(tag).
 inline void release([[maybe_unused]] const void* tag) {
 #if defined(SIMT_THREAD_SANITIZER)
-    __tsan_release(const_cast<void*>(tag));
+  __tsan_release(const_cast<void*>(tag));
 #endif
 }
 inline void acquire([[maybe_unused]] const void* tag) {
 #if defined(SIMT_THREAD_SANITIZER)
-    __tsan_acquire(const_cast<void*>(tag));
+  __tsan_acquire(const_cast<void*>(tag));
 #endif
 }
 
 inline void forbid([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
-    __asan_poison_memory_region(memory, bytes);
+  __asan_poison_memory_region(memory, bytes);
 #endif
 }
 inline void allow([[maybe_unused]] void* memory, [[maybe_unused]] size_t bytes) {
 #if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(memory, bytes);
+  __asan_unpoison_memory_region(memory, bytes);
 #endif
 }
 
