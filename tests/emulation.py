@@ -105,7 +105,7 @@ def run_program(command: Sequence[str | Path], text: str = "") -> subprocess.Com
         input=text,
         text=True,
         capture_output=True,
-        timeout=120,
+        timeout=600,
         env={**os.environ, **options},
     )
     assert "unexpected memory mapping" not in done.stderr, (

@@ -55,9 +55,10 @@ __device__ inline bool is_last_block(uint32_t* counter) {
   __shared__ bool last;
   __syncthreads();  // this block has written
   if (threadIdx.x == 0) {
-    __threadfence();                                            // and everybody sees it before it counts as done
+    // Everybody sees it before the block counts as done, and what others wrote is read only behind the count.
+    __threadfence();
     last = atomicInc(counter, gridDim.x - 1) == gridDim.x - 1;  // the last one takes the counter back to 0
-    __threadfence();                                            // nothing is read before that
+    __threadfence();
   }
   __syncthreads();
   return last;

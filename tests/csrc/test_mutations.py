@@ -47,17 +47,9 @@ MUTATIONS = {
         "thread", LOSS, "  __syncthreads();  // this block has written\n", ""
     ),
     "no fence before the block counts as done": Mutation(
-        "thread",
-        LOSS,
-        "    __threadfence();                                            // and everybody sees it before it counts as done\n",
-        "",
+        "thread", LOSS, "    __threadfence();\n    last = ", "    last = "
     ),
-    "no fence behind the count": Mutation(
-        "thread",
-        LOSS,
-        "    __threadfence();                                            // nothing is read before that\n",
-        "",
-    ),
+    "no fence behind the count": Mutation("thread", LOSS, "back to 0\n    __threadfence();\n", "back to 0\n"),
     "no barrier before the verdict on the last block is read": Mutation(
         "thread", LOSS, "  __syncthreads();\n  return last;", "  return last;"
     ),

@@ -14,8 +14,8 @@ NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=Path(os.environ.get("CU
 ARCHITECTURES = (80, 90, 100)
 MOST_REGISTERS = 64
 """Of 65,536 that an SM of each of these has: 1024 threads fit, half of its most. Each has 16 to 64 bytes on their way,
-so the SM has 16 KiB at least; to keep its memory busy an H100 needs 17 (3.35 TB/s, 0.7 µs, 132 SMs), and the kernels with
-16 bytes have fewer registers and more threads."""
+so the SM has 16 KiB at least. To keep its memory busy an H100 needs 17 (3.35 TB/s, 0.7 µs, 132 SMs), and the kernels
+with 16 bytes have fewer registers and more threads."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: nothing is checked")]
 
