@@ -44,7 +44,7 @@ def compile_sources(sources: Sequence[Path], folder: Path, variant: str) -> list
     def one(source: Path) -> Path:
         flags = ["-DSIMT_THREAD_SANITIZER"] if variant == "thread" and source.parent == SIMT else VARIANTS[variant]
         target = folder / f"{source.name}.o"
-        include = ["-I", SIMT / "include", "-I", SIMT]
+        include: list[str | Path] = ["-I", SIMT / "include", "-I", SIMT]
         run([COMPILER, *FLAGS, *flags, *include, "-x", "c++", "-c", source, "-o", target])
         return target
 

@@ -5,6 +5,7 @@ the signatures of `torch.ops.emu2`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -255,23 +256,21 @@ def shift(case: Rows | Windows) -> str:
 Check = Callable[[Kernels], list[Tensor]]
 
 
-def all_checks(rows: tuple[Rows, ...] = ROWS, windows: tuple[Windows, ...] = WINDOWS) -> dict[str, Check]:
+def all_checks() -> dict[str, Check]:
     """Every case by a name that pytest can show. A check returns its outputs, for comparisons to the bit."""
     checks: dict[str, Check] = {}
     for dtype in DTYPES:
         name = str(dtype).removeprefix("torch.")
-        for case in rows:
-            place = f"{name}-{case.rows}x{case.width}-{case.visual_rows}{shift(case)}"
-            checks[f"interleave-{place}"] = lambda k, c=case, d=dtype: check_interleave(k, c, d)
-            checks[f"regression_loss-{place}"] = lambda k, c=case, d=dtype: check_regression_loss(k, c, d)
+        for rows in ROWS:
+            place = f"{name}-{rows.rows}x{rows.width}-{rows.visual_rows}{shift(rows)}"
+            checks[f"interleave-{place}"] = partial(check_interleave, case=rows, dtype=dtype)
+            checks[f"regression_loss-{place}"] = partial(check_regression_loss, case=rows, dtype=dtype)
         for elements, offset in RESCALES:
-            checks[f"rescale-{name}-{elements}+{offset}"] = lambda k, e=elements, o=offset, d=dtype: check_rescale(
-                k, e, o, d
-            )
+            check = partial(check_rescale, elements=elements, offset=offset, dtype=dtype)
+            checks[f"rescale-{name}-{elements}+{offset}"] = check
         for out_dtype in DTYPES:
-            for window in windows:
-                place = f"{name}-{str(out_dtype).removeprefix('torch.')}-{window.images}x{window.side}"
-                checks[f"pool-{place}-{window.window}x{window.width}{shift(window)}"] = (
-                    lambda k, c=window, d=dtype, o=out_dtype: check_pool(k, c, d, o)
-                )
+            names = f"{name}-{str(out_dtype).removeprefix('torch.')}"
+            for case in WINDOWS:
+                place = f"{names}-{case.images}x{case.side}-{case.window}x{case.width}{shift(case)}"
+                checks[f"pool-{place}"] = partial(check_pool, case=case, dtype=dtype, out_dtype=out_dtype)
     return checks

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from emulation import Emulated, Stopped
-from kernel_cases import DTYPES, Kernels, Rows, all_checks, check_loss_scale, equal_to_the_bit, matrix, scalar, slots
+from emulation import DTYPE_CODES, Emulated, Stopped
+from kernel_cases import DTYPES, Rows, all_checks, check_loss_scale, equal_to_the_bit, matrix, scalar, slots
 
 CHECKS = all_checks()
 SCHEDULES = ((1, 0), (1, 1), (2, 2), (3, 3), (5, 4))  # (multiprocessors, seed)
@@ -38,8 +38,8 @@ def test_loss_scale(emulated: Emulated) -> None:
 def test_rescale_in_place(emulated: Emulated, dtype: torch.dtype) -> None:
     gradient = torch.randn(1030).to(dtype)
     wanted = emulated.rescale(gradient, scalar(3.0, "cpu"), scalar(7.0, "cpu"))
-    code = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}[dtype]
-    emulated.call("emu2_rescale", gradient, scalar(3.0, "cpu"), scalar(7.0, "cpu"), gradient, 1030, code)
+    numbers = scalar(3.0, "cpu"), scalar(7.0, "cpu")
+    emulated.call("emu2_rescale", gradient, *numbers, gradient, 1030, DTYPE_CODES[dtype])
     assert equal_to_the_bit(gradient, wanted)
 
 
@@ -69,7 +69,6 @@ def test_slots_out_of_range_trap(emulated: Emulated) -> None:
     for call in calls:
         with pytest.raises(Stopped, match="^trap: .*[.]cu:"):
             call(emulated)
-    check: Kernels = emulated
     slot[4] = 2**31 - 1
     with pytest.raises(Stopped, match="^trap"):
-        check.interleave(text, visual, slot)
+        emulated.interleave(text, visual, slot)
