@@ -2,7 +2,8 @@
 // of CUDA on the binding's. Every function only enqueues work, and returns 0 or a cudaError_t.
 //
 // Matrices are row-major and contiguous. A width is a number of elements, `dtype` one of Emu2Dtype. `stream` is a
-// cudaStream_t. Any alignment that suits the dtype will do; 16 bytes are faster. Zero rows are fine.
+// cudaStream_t. Any alignment that suits the dtype will do; 16 bytes are faster. Zero rows are fine. More than 2^30 rows,
+// elements or bytes of a row are refused (cudaErrorInvalidValue); there may be more elements in all.
 #pragma once
 #include <cstdint>
 
@@ -36,6 +37,7 @@ int emu2_regression_loss(const void* predicted, const void* target, const int32_
                          int64_t rows, int64_t target_rows, int64_t width, int dtype, void* stream);
 
 // out[i] = gradient[i] * (upstream / folded), computed in fp32; upstream and folded: one float each, on the device.
+//   out may be gradient.
 int emu2_rescale(const void* gradient, const float* upstream, const float* folded, void* out, int64_t elements,
                  int dtype, void* stream);
 
