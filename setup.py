@@ -3,9 +3,9 @@
 The library is not a Python module: torch loads it (`ops/library.py`), and as it uses nothing but LibTorch's stable ABI,
 one file serves every version of Python and every torch from the one in `TORCH` on, with CUDA or without.
 
-Needs a C++ compiler (g++, or what CXX names) and the headers of a torch that is installed already; without either of them
-the package is installed all the same and uses its plain PyTorch references. CUDA kernels are added where nvcc is
-and torch has CUDA, or where EMU2_BUILD_CUDA=1 asks for them (0 leaves them out); EMU2_CUDA_ARCHS="80;90;100" says for what.
+Needs a C++ compiler (g++, or what CXX names) and the headers of a torch that is installed already; without either, the
+package is installed all the same and uses its plain PyTorch references. CUDA kernels are added where nvcc is there and
+torch has CUDA, or where EMU2_BUILD_CUDA=1 asks for them (0 leaves them out); EMU2_CUDA_ARCHS is "80;90;100" by default.
 """
 
 import os
@@ -59,11 +59,12 @@ def find_nvcc(torch_version: tuple[int, ...], torch_has_cuda: bool) -> str | Non
     if asked == "0" or (asked != "1" and not (nvcc and torch_has_cuda)):
         return None
     if nvcc is None:
-        raise MissingError("nvcc (in PATH, or under CUDA_HOME), as EMU2_BUILD_CUDA=1 asks for CUDA kernels")
+        raise MissingError("nvcc, in PATH or under CUDA_HOME, for CUDA kernels")
     if torch_version < TORCH_FOR_CUDA:
+        wanted = "torch {}.{} or newer for CUDA kernels".format(*TORCH_FOR_CUDA)
         if asked == "1":
-            raise MissingError("torch {}.{} or newer, as EMU2_BUILD_CUDA=1 asks for CUDA kernels".format(*TORCH_FOR_CUDA))
-        say("CUDA kernels are left out: they need torch {}.{} or newer".format(*TORCH_FOR_CUDA))
+            raise MissingError(wanted)
+        say(f"without CUDA kernels; needed is {wanted}")
         return None
     return nvcc
 
@@ -123,9 +124,9 @@ def cuda_sources() -> list[str]:
 def cuda_command(nvcc: str) -> list[str]:
     """nvcc with code for every architecture, and PTX of the last for those to come."""
     archs = os.environ.get("EMU2_CUDA_ARCHS", "80;90;100").split(";")
-    code = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs] + [f"arch=compute_{archs[-1]},code=compute_{archs[-1]}"]
-    return [nvcc, "-std=c++17", "-O3", *(word for pair in code for word in ("-gencode", pair)),
-            "-Xcompiler", "-fPIC,-fvisibility=hidden"]  # fmt: skip
+    pairs = [(arch, f"sm_{arch}") for arch in archs] + [(archs[-1], f"compute_{archs[-1]}")]
+    code = [f"-gencode=arch=compute_{arch},code={code}" for arch, code in pairs]
+    return [nvcc, "-std=c++17", "-O3", *code, "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
 def run(command: list[str]) -> None:
