@@ -5,9 +5,13 @@
 // converted by integer arithmetic.
 #include "kernels.h"
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 #include <vector>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
 
 #if defined(EMU2_ONE_LEVEL) || !defined(__x86_64__) || !defined(__GLIBC__) || defined(__clang__) || __GNUC__ < 12
 #define LEVELS  // one level: what the compiler's flags say
@@ -72,6 +76,53 @@ INLINE void store(float value, Half& out) {
   out.bits = uint16_t(rounded | (bits >> 16 & 0x8000));
 }
 
+// Writes rows; where there are many of them, past the caches: an ordinary store first reads the line it is going to
+// overwrite, and what it leaves in the cache has been displaced by the end of the output.
+class Writer {
+ public:
+  explicit Writer(int64_t bytes) : past_caches_(bytes > (4 << 20)) {}
+
+#ifdef __SSE2__
+  ~Writer() {
+    if (past_caches_) _mm_sfence();
+  }
+
+  void copy(void* to, const void* from, int64_t bytes) const {
+    const int64_t start = head(to, bytes), stop = start + (bytes - start) / 16 * 16;
+    char* out = static_cast<char*>(to);
+    const char* in = static_cast<const char*>(from);
+    memcpy(out, in, start);
+    for (int64_t i = start; i < stop; i += 16) {
+      const __m128i block = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), block);
+    }
+    memcpy(out + stop, in + stop, bytes - stop);
+  }
+
+  void zero(void* to, int64_t bytes) const {
+    const int64_t start = head(to, bytes), stop = start + (bytes - start) / 16 * 16;
+    char* out = static_cast<char*>(to);
+    memset(out, 0, start);
+    for (int64_t i = start; i < stop; i += 16) {
+      _mm_stream_si128(reinterpret_cast<__m128i*>(out + i), _mm_setzero_si128());
+    }
+    memset(out + stop, 0, bytes - stop);
+  }
+
+ private:
+  // Bytes before the first that is aligned to 16; all of them, if caches are to be used.
+  int64_t head(const void* to, int64_t bytes) const {
+    return past_caches_ ? std::min<int64_t>(bytes, -reinterpret_cast<intptr_t>(to) & 15) : bytes;
+  }
+#else
+  void copy(void* to, const void* from, int64_t bytes) const { memcpy(to, from, bytes); }
+  void zero(void* to, int64_t bytes) const { memset(to, 0, bytes); }
+
+ private:
+#endif
+  bool past_caches_;
+};
+
 template <typename T, bool WITH_GRADIENT>
 INLINE double squared_error(const T* __restrict predicted, const T* __restrict target, T* __restrict gradient,
                             int64_t width, Accumulator<T> factor) {
@@ -98,17 +149,23 @@ INLINE double squared_error(const T* __restrict predicted, const T* __restrict t
 template <typename T>
 INLINE void regression_loss(const void* predicted_rows, const void* target_rows, const int32_t* slot, double factor,
                             void* gradient_rows, double* squares, int64_t begin, int64_t end, int64_t width) {
+  const Writer writer((end - begin) * width * sizeof(T));
+  std::vector<T> row(gradient_rows ? width : 0);
   for (int64_t n = begin; n < end; ++n) {
     const T* predicted = static_cast<const T*>(predicted_rows) + n * width;
     T* gradient = gradient_rows ? static_cast<T*>(gradient_rows) + n * width : nullptr;
     if (slot[n] < 0) {
       squares[n] = 0;
-      if (gradient) memset(static_cast<void*>(gradient), 0, width * sizeof(T));
+      if (gradient) writer.zero(gradient, width * sizeof(T));
       continue;
     }
     const T* target = static_cast<const T*>(target_rows) + slot[n] * width;
-    squares[n] = gradient ? squared_error<T, true>(predicted, target, gradient, width, factor)
-                          : squared_error<T, false>(predicted, target, nullptr, width, factor);
+    if (gradient) {
+      squares[n] = squared_error<T, true>(predicted, target, row.data(), width, factor);
+      writer.copy(gradient, row.data(), width * sizeof(T));
+    } else {
+      squares[n] = squared_error<T, false>(predicted, target, nullptr, width, factor);
+    }
   }
 }
 
@@ -209,29 +266,31 @@ extern "C" {
 
 void emu2_cpu_interleave(const void* text, const void* visual, const int32_t* slot, void* out, int64_t begin,
                          int64_t end, int64_t row_bytes) {
+  const Writer writer((end - begin) * row_bytes);
   for (int64_t i = begin; i < end; ++i) {
     char* row = static_cast<char*>(out) + i * row_bytes;
     if (slot[i] >= 0) {
-      memcpy(row, static_cast<const char*>(visual) + slot[i] * row_bytes, row_bytes);
+      writer.copy(row, static_cast<const char*>(visual) + slot[i] * row_bytes, row_bytes);
     } else if (slot[i] == EMU2_TEXT) {
-      memcpy(row, static_cast<const char*>(text) + i * row_bytes, row_bytes);
+      writer.copy(row, static_cast<const char*>(text) + i * row_bytes, row_bytes);
     } else {
-      memset(row, 0, row_bytes);
+      writer.zero(row, row_bytes);
     }
   }
 }
 
 void emu2_cpu_interleave_backward(const void* gradient, const int32_t* slot, void* text_gradient,
                                   void* visual_gradient, int64_t begin, int64_t end, int64_t row_bytes) {
+  const Writer writer((end - begin) * row_bytes);
   for (int64_t i = begin; i < end; ++i) {
     const char* row = static_cast<const char*>(gradient) + i * row_bytes;
     char* text_row = static_cast<char*>(text_gradient) + i * row_bytes;
     if (slot[i] == EMU2_TEXT) {
-      memcpy(text_row, row, row_bytes);
+      writer.copy(text_row, row, row_bytes);
       continue;
     }
-    memset(text_row, 0, row_bytes);
-    if (slot[i] >= 0) memcpy(static_cast<char*>(visual_gradient) + slot[i] * row_bytes, row, row_bytes);
+    writer.zero(text_row, row_bytes);
+    if (slot[i] >= 0) writer.copy(static_cast<char*>(visual_gradient) + slot[i] * row_bytes, row, row_bytes);
   }
 }
 

@@ -80,14 +80,15 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
     return *torch.ops.emu2.interleave_backward(gradient, slot, ctx.visual_rows), None
 
 
+def _fake(text: Tensor, visual: Tensor, slot: Tensor) -> Tensor:
+    return text.new_empty(text.shape)
+
+
+def _fake_backward(gradient: Tensor, slot: Tensor, visual_rows: int) -> tuple[Tensor, Tensor]:
+    return gradient.new_empty(gradient.shape), gradient.new_empty((visual_rows, gradient.shape[-1]))
+
+
 if not library.problem:
-
-    @torch.library.register_fake("emu2::interleave")
-    def _(text: Tensor, visual: Tensor, slot: Tensor) -> Tensor:
-        return text.new_empty(text.shape)
-
-    @torch.library.register_fake("emu2::interleave_backward")
-    def _(gradient: Tensor, slot: Tensor, visual_rows: int) -> tuple[Tensor, Tensor]:
-        return gradient.new_empty(gradient.shape), gradient.new_empty((visual_rows, gradient.shape[-1]))
-
+    torch.library.register_fake("emu2::interleave", _fake)
+    torch.library.register_fake("emu2::interleave_backward", _fake_backward)
     torch.library.register_autograd("emu2::interleave", _backward, setup_context=_setup)

@@ -35,7 +35,8 @@ def pool_reference(hidden_IPE: Tensor, queries: int, dtype: torch.dtype | None =
     side, across = isqrt(P - 1), isqrt(queries)
     windows = hidden_IPE[:, 1:].unflatten(1, (across, side // across, across, side // across))
     wide = torch.float64 if hidden_IPE.dtype is torch.float64 else torch.float32
-    return windows.mean(dim=(2, 4), dtype=wide).to(dtype or hidden_IPE.dtype).view(I, queries, E)
+    pooled_IQE: Tensor = windows.mean(dim=(2, 4), dtype=wide).view(I, queries, E)
+    return pooled_IQE.to(dtype or hidden_IPE.dtype)
 
 
 def _setup(ctx: Any, inputs: tuple[Tensor, int, torch.dtype], output: Tensor) -> None:
@@ -46,14 +47,15 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     return torch.ops.emu2.pool_backward(gradient, ctx.patches, ctx.dtype), None, None
 
 
+def _fake(hidden: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
+    return hidden.new_empty((hidden.shape[0], queries, hidden.shape[2]), dtype=dtype)
+
+
+def _fake_backward(gradient: Tensor, patches: int, dtype: torch.dtype) -> Tensor:
+    return gradient.new_empty((gradient.shape[0], patches, gradient.shape[2]), dtype=dtype)
+
+
 if not library.problem:
-
-    @torch.library.register_fake("emu2::pool")
-    def _(hidden: Tensor, queries: int, dtype: torch.dtype) -> Tensor:
-        return hidden.new_empty((hidden.shape[0], queries, hidden.shape[2]), dtype=dtype)
-
-    @torch.library.register_fake("emu2::pool_backward")
-    def _(gradient: Tensor, patches: int, dtype: torch.dtype) -> Tensor:
-        return gradient.new_empty((gradient.shape[0], patches, gradient.shape[2]), dtype=dtype)
-
+    torch.library.register_fake("emu2::pool", _fake)
+    torch.library.register_fake("emu2::pool_backward", _fake_backward)
     torch.library.register_autograd("emu2::pool", _backward, setup_context=_setup)

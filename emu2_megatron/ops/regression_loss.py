@@ -68,11 +68,12 @@ def _accumulator(tensor: Tensor) -> torch.dtype:
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *_, gradient_scale, needs_gradient = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # or backward would be handed zeros for it, as large as the gradient itself
     ctx.has_gradient = needs_gradient
     ctx.save_for_backward(output[1], gradient_scale)
 
 
-def _backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None, None]:
+def _backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor, None, None, None, None, None]:
     if not ctx.has_gradient:
         raise RuntimeError("emu2::regression_loss: it was told that no gradient is needed")
     gradient, folded = ctx.saved_tensors
@@ -89,21 +90,17 @@ def _equal(upstream: Tensor, folded: Tensor) -> bool:
     return bool(upstream == folded)
 
 
+def _fake(
+    predicted: Tensor, target: Tensor, slot: Tensor, denominator: Tensor, gradient_scale: Tensor, needs_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    return denominator.new_empty(()), predicted.new_empty(predicted.shape if needs_gradient else (0,))
+
+
+def _fake_rescale(gradient: Tensor, upstream: Tensor, folded: Tensor) -> Tensor:
+    return gradient.new_empty(gradient.shape)
+
+
 if not library.problem:
-
-    @torch.library.register_fake("emu2::regression_loss")
-    def _(
-        predicted: Tensor,
-        target: Tensor,
-        slot: Tensor,
-        denominator: Tensor,
-        gradient_scale: Tensor,
-        needs_gradient: bool,
-    ) -> tuple[Tensor, Tensor]:
-        return denominator.new_empty(()), predicted.new_empty(predicted.shape if needs_gradient else (0,))
-
-    @torch.library.register_fake("emu2::rescale")
-    def _(gradient: Tensor, upstream: Tensor, folded: Tensor) -> Tensor:
-        return gradient.new_empty(gradient.shape)
-
+    torch.library.register_fake("emu2::regression_loss", _fake)
+    torch.library.register_fake("emu2::rescale", _fake_rescale)
     torch.library.register_autograd("emu2::regression_loss", _backward, setup_context=_setup)
