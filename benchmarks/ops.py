@@ -5,8 +5,11 @@ interleave_vs_index_put_*       time of `Tensor.index_put`, or of index_copy or 
 interleave_vs_masked_scatter_*  time of `Tensor.masked_scatter` over that of the op
 interleave_vs_copy_*            1.4 times the time of a copy that moves as many bytes as the op's forward pass must,
                                 over the time of that pass; the copy writes memory that is there already
-loss_vs_eager_*                 time of gathering the rows and `mse_loss`, of the dtype itself or of fp32, whichever is
+loss_vs_index_*                 time of `mse_loss(hidden[rows], target)`, in the dtype itself or in fp32, whichever is
                                 faster, over that of the op
+loss_vs_index_select_*          the same with `hidden.index_select(0, rows)`, whose backward pass does not sort: it moves
+                                about 2.5 times the bytes that the op must move, so that more than that is not to be had
+                                where memory is what limits both (fp32)
 loss_memory_*                   0.85 times the peak memory of the leanest of those, over that of the op
 
 One micro-batch of the 37 B decoder: S = 2048, B = 2, width 6656, 1024 visual rows (16 pictures of 64). The loss stands
@@ -141,9 +144,9 @@ def losses(dtype: torch.dtype, name: str, rounds: int) -> list[tuple[str, float,
     slots, count = visual_slots(places, S, B).flatten(), torch.tensor(float(R * D))
     forms: dict[str, Callable[[Tensor], Tensor]] = {
         "op": lambda h: regression_loss(h, target, slots, count, one),
-        "mse": lambda h: F.mse_loss(h[places], target),
-        "mse in fp32": lambda h: F.mse_loss(h[places].float(), target.float()),
-        "mse, index_select": lambda h: F.mse_loss(h.index_select(0, places), target),
+        "index": lambda h: F.mse_loss(h[places], target),
+        "index in fp32": lambda h: F.mse_loss(h[places].float(), target.float()),
+        "index_select": lambda h: F.mse_loss(h.index_select(0, places), target),
     }
     runs = {n: partial(gradients, form, [hidden]) for n, form in forms.items()}
     with torch.no_grad():
@@ -158,7 +161,8 @@ def losses(dtype: torch.dtype, name: str, rounds: int) -> list[tuple[str, float,
           *(f"{n} {bytes_ / 2**20:.1f} MiB" for n, bytes_ in memory.items()), sep="  ")  # fmt: skip
     eager = [n for n in forms if n != "op"]
     return [
-        (f"loss_vs_eager_{name}", common.quotient(best(both, eager), both["op"]), 5.0),
+        (f"loss_vs_index_{name}", common.quotient(best(both, ["index", "index in fp32"]), both["op"]), 5.0),
+        (f"loss_vs_index_select_{name}", common.quotient(both["index_select"], both["op"]), 2.0),
         (f"loss_memory_{name}", 0.85 * min(memory[n] for n in eager) / memory["op"], 1.0),
     ]
 

@@ -123,34 +123,31 @@ class Writer {
   bool past_caches_;
 };
 
+// Adds squares of differences to LANES sums, and writes the gradient.
 template <typename T, bool WITH_GRADIENT>
-INLINE double squared_error(const T* __restrict predicted, const T* __restrict target, T* __restrict gradient,
-                            int64_t width, Accumulator<T> factor) {
-  Accumulator<T> sums[LANES] = {};
+INLINE void add_squares(const T* __restrict predicted, const T* __restrict target, T* __restrict gradient,
+                        int64_t count, Accumulator<T> factor, Accumulator<T>* __restrict sums) {
   int64_t start = 0;
-  for (; start + LANES <= width; start += LANES) {
+  for (; start + LANES <= count; start += LANES) {
     for (int lane = 0; lane < LANES; ++lane) {
       const Accumulator<T> error = load(predicted[start + lane]) - load(target[start + lane]);
       sums[lane] += error * error;
       if (WITH_GRADIENT) store(factor * error, gradient[start + lane]);
     }
   }
-  for (int64_t i = start; i < width; ++i) {
+  for (int64_t i = start; i < count; ++i) {
     const Accumulator<T> error = load(predicted[i]) - load(target[i]);
     sums[i - start] += error * error;
     if (WITH_GRADIENT) store(factor * error, gradient[i]);
   }
-  for (int half = LANES / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
-  }
-  return sums[0];
 }
 
 template <typename T>
 INLINE void regression_loss(const void* predicted_rows, const void* target_rows, const int32_t* slot, double factor,
                             void* gradient_rows, double* squares, int64_t begin, int64_t end, int64_t width) {
+  constexpr int64_t BLOCK = 32 * LANES;  // what is written past the caches comes from the nearest one
   const Writer writer((end - begin) * width * sizeof(T));
-  std::vector<T> row(gradient_rows ? width : 0);
+  T block[BLOCK];
   for (int64_t n = begin; n < end; ++n) {
     const T* predicted = static_cast<const T*>(predicted_rows) + n * width;
     T* gradient = gradient_rows ? static_cast<T*>(gradient_rows) + n * width : nullptr;
@@ -160,12 +157,20 @@ INLINE void regression_loss(const void* predicted_rows, const void* target_rows,
       continue;
     }
     const T* target = static_cast<const T*>(target_rows) + slot[n] * width;
-    if (gradient) {
-      squares[n] = squared_error<T, true>(predicted, target, row.data(), width, factor);
-      writer.copy(gradient, row.data(), width * sizeof(T));
-    } else {
-      squares[n] = squared_error<T, false>(predicted, target, nullptr, width, factor);
+    Accumulator<T> sums[LANES] = {};
+    for (int64_t start = 0; start < width; start += BLOCK) {
+      const int64_t count = std::min(BLOCK, width - start);
+      if (gradient) {
+        add_squares<T, true>(predicted + start, target + start, block, count, factor, sums);
+        writer.copy(gradient + start, block, count * sizeof(T));
+      } else {
+        add_squares<T, false>(predicted + start, target + start, nullptr, count, factor, sums);
+      }
     }
+    for (int half = LANES / 2; half > 0; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
+    }
+    squares[n] = sums[0];
   }
 }
 
