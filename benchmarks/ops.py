@@ -7,9 +7,9 @@ interleave_vs_copy_*            1.4 times the time of a copy that moves as many 
                                 over the time of that pass; the copy writes memory that is there already
 loss_vs_index_*                 time of `mse_loss(hidden[rows], target)`, in the dtype itself or in fp32, whichever is
                                 faster, over that of the op
-loss_vs_index_select_*          the same with `hidden.index_select(0, rows)`, whose backward pass does not sort: it moves
-                                about 2.5 times the bytes that the op must move, so that more than that is not to be had
-                                where memory is what limits both (fp32)
+loss_vs_index_select_*          the same with `hidden.index_select(0, rows)`, whose backward pass does not sort; it
+                                moves about 2.5 times the bytes that the op must move, and more than that is not to be
+                                had where memory limits both
 loss_memory_*                   0.85 times the peak memory of the leanest of those, over that of the op
 
 One micro-batch of the 37 B decoder: S = 2048, B = 2, width 6656, 1024 visual rows (16 pictures of 64). The loss stands
