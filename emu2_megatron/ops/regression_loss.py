@@ -73,7 +73,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.save_for_backward(output[1], gradient_scale)
 
 
-def _backward(ctx: Any, upstream: Tensor, _: None) -> tuple[Tensor, None, None, None, None, None]:
+def _backward(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None, None, None]:
+    if upstream is None:  # a gradient of zero, to autograd
+        return None, None, None, None, None, None
     if not ctx.has_gradient:
         raise RuntimeError("emu2::regression_loss: it was told that no gradient is needed")
     gradient, folded = ctx.saved_tensors
