@@ -15,14 +15,14 @@ ROWS = torch.tensor([3, -1, 0, 2, -2, 1, -1], dtype=torch.int32)
 
 def expected(predicted: Tensor, target: Tensor, rows: Tensor, denominator: float) -> tuple[float, Tensor]:
     """Loss and gradient in float64."""
-    loss, gradient = 0.0, torch.zeros_like(predicted, dtype=torch.float64)
-    for n, row in enumerate(rows.tolist()):
+    loss, gradient = 0.0, [[0.0] * predicted.shape[1] for _ in rows]
+    targets = target.tolist()
+    for n, (row, numbers) in enumerate(zip(rows.tolist(), predicted.tolist(), strict=True)):
         if row >= 0:
-            for i in range(predicted.shape[1]):
-                error = float(predicted[n, i]) - float(target[row, i])
-                loss += error**2 / denominator
-                gradient[n, i] = 2 * error / denominator
-    return loss, gradient
+            errors = [a - b for a, b in zip(numbers, targets[row], strict=True)]
+            loss += sum(error**2 for error in errors) / denominator
+            gradient[n] = [2 * error / denominator for error in errors]
+    return loss, torch.tensor(gradient, dtype=torch.float64)
 
 
 def tensors(width: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
