@@ -89,7 +89,7 @@ class EncoderOnStage0:
             sum(int(((row.roles_S & bit) > 0).sum()) for row in rows) for bit in (TEXT_TARGET, VISUAL_TARGET)
         )
         elements = visuals * config.model.encoder.hidden_size
-        self.scale = torch.tensor([1 / texts, 1 / elements], device=device())
+        self.denominators = torch.tensor([float(texts), float(elements)], device=device())
 
     def __call__(self) -> Tensor:
         """The two mean losses on the last stage, zeros on the first."""
@@ -109,7 +109,7 @@ class EncoderOnStage0:
         for send in self.sends:
             send.wait()
         self.sends.clear()
-        return torch.stack([loss["sums"] for loss in losses]).sum(0) * self.scale if losses else torch.zeros(2)
+        return torch.stack([loss["losses"] for loss in losses]).sum(0) if losses else torch.zeros(2)
 
     def forward(self, rows: Iterator[PackedSequence], model: Any) -> tuple[Tensor, Any]:
         row = next(rows)
@@ -126,8 +126,8 @@ class EncoderOnStage0:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         batch.features_RE = torch.empty(count, MODEL.encoder.hidden_size, device=device())
         dist.recv(batch.features_RE, 0, group=self.aside)
-        sums = torch.stack(model.module.loss_sums(hidden_SBD, batch))
-        return (sums * self.scale).sum(), torch.zeros((), dtype=torch.int), {"sums": sums.detach()}
+        losses = model.module.losses(hidden_SBD, batch, self.denominators, torch.ones((), device=device()))
+        return losses.sum(), torch.zeros((), dtype=torch.int), {"losses": losses.detach()}
 
 
 def compare(engine: wrap.Engine, baseline: EncoderOnStage0, own: list[PackedSequence]) -> None:

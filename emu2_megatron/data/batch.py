@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from emu2_megatron.data.sequence import START, TEXT_TARGET, VISUAL, VISUAL_TARGET
+from emu2_megatron.ops.interleave import visual_slots
 
 
 @dataclass(frozen=True)
@@ -17,14 +18,14 @@ class Targets:
     """int64 [S, B] id that position s predicts, 0 where it predicts none."""
     text_mask_SB: Tensor
     """int64 [S, B] 1 where it predicts one."""
-    visual_positions_R: Tensor
-    """int64 [R] flat position of every visual token."""
     visual_rows_R: Tensor
-    """int64 [R] the visual row that goes there."""
+    """int64 [R] the visual rows that go to a position held."""
+    visual_slots_SB: Tensor
+    """int32 [S, B] which of those goes there, or that it is text (`ops/interleave.py`)."""
     predictor_positions_T: Tensor
     """int64 [T] flat position before every regressed token."""
     predicted_rows_T: Tensor
-    """int64 [T] the visual row of that token."""
+    """int32 [T] the visual row of that token."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ def targets(tokens_BS: Tensor, roles_BS: Tensor, held: Share | None = None) -> T
 
     Args:
         tokens_BS, roles_BS: int64 and uint8 [B, S], whole sequences.
-        held: the positions held; None for all. S of the labels is then len(held.tokens), flat positions count in
-            held.hidden, while visual rows still count those of the whole micro-batch.
+        held: the positions held; None for all. S of the labels is then len(held.tokens); slots and flat positions
+            count in held.hidden, while visual rows still count those of the whole micro-batch.
     """
     B, S = tokens_BS.shape
     held = held or share(S)
@@ -94,8 +95,8 @@ def targets(tokens_BS: Tensor, roles_BS: Tensor, held: Share | None = None) -> T
     return Targets(
         text_labels_SB=labels_SB[held.tokens],
         text_mask_SB=mask_SB[held.tokens],
-        visual_positions_R=(place_S[s_R] * B + b_R)[here_R],
         visual_rows_R=here_R.nonzero().flatten(),
+        visual_slots_SB=visual_slots((place_S[s_R] * B + b_R)[here_R], len(held.hidden), B),
         predictor_positions_T=(place_S[s_R - 1] * B + b_R)[predicts_R],
-        predicted_rows_T=predicts_R.nonzero().flatten(),
+        predicted_rows_T=predicts_R.nonzero().flatten().int(),
     )

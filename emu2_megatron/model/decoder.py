@@ -28,7 +28,7 @@ from emu2_megatron.model import fp8
 from emu2_megatron.model.layer_specs import block_submodules
 from emu2_megatron.model.parameters import mark_tensor_parallel
 from emu2_megatron.ops.interleave import interleave
-from emu2_megatron.ops.regression_loss import squared_error_sum
+from emu2_megatron.ops.regression_loss import regression_loss
 from emu2_megatron.platform.device import IS_CUDA
 from emu2_megatron.platform.precision import DTYPES
 
@@ -192,7 +192,7 @@ class DecoderStage(MegatronModule):
             hidden_SBD = self.embedding(batch.tokens_BS, None)
             # Also without any picture: every parameter takes part in every backward pass, if only with zeros.
             visual_RD = self.project_up(batch.features_RE[batch.targets.visual_rows_R])
-            hidden_SBD = interleave(hidden_SBD, visual_RD, batch.targets.visual_positions_R)
+            hidden_SBD = interleave(hidden_SBD, visual_RD, batch.targets.visual_slots_SB)
         length = batch.tokens_BS.shape[1] * self.config.context_parallel_size
         scaling: Any = nullcontext()
         if self.delayed_scaling:
@@ -216,19 +216,36 @@ class DecoderStage(MegatronModule):
             logits_SBV = logits_SBV.masked_fill(padding_V, float("-inf"))
         return logits_SBV
 
-    def loss_sums(self, hidden_SBD: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """Cross-entropy summed over text targets, squared error summed over regressed embeddings; fp32 scalars.
+    def losses(
+        self, hidden_SBD: Tensor, batch: MicroBatch, denominators: Tensor, image_gradient_scale: Tensor
+    ) -> Tensor:
+        """This micro-batch's part of both losses.
 
         Of the positions this rank holds: text over its context-parallel share (alike on all tensor-parallel ranks),
         embeddings over the hidden states it has.
+
+        Args:
+            hidden_SBD: [S, B, D] what `forward` of the last part returned.
+            batch: the micro-batch it was given.
+            denominators: fp32 [2] text targets and regressed elements of the global batch, at least 1.
+            image_gradient_scale: what the image loss will be multiplied by (`ops/regression_loss.py`), not 0.
+
+        Returns:
+            fp32 [2]: cross-entropy summed over text targets, and squared error over regressed embeddings, each over its
+            denominator.
         """
         per_token_SB = tensor_parallel.vocab_parallel_cross_entropy(
             self.logits(hidden_SBD).float(), batch.targets.text_labels_SB
         )
         text_sum = (per_token_SB * batch.targets.text_mask_SB).sum()
         predictors_TD = hidden_SBD.flatten(0, 1)[batch.targets.predictor_positions_T]
-        square_sum = squared_error_sum(
-            self.project_down(predictors_TD), batch.features_RE[batch.targets.predicted_rows_T]
+        image_loss = regression_loss(
+            self.project_down(predictors_TD),
+            batch.features_RE,
+            batch.targets.predicted_rows_T,
+            denominators[1],
+            image_gradient_scale,
         )
         # An embedding that overflowed may stand where no loss depends on it. It must show all the same.
-        return text_sum, square_sum + 0 * batch.features_RE.detach().float().sum()
+        image_loss = image_loss + 0 * batch.features_RE.detach().float().sum()
+        return torch.stack([text_sum / denominators[0], image_loss])

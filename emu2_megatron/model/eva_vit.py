@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emu2_megatron.config.schema import EncoderConfig
+from emu2_megatron.ops.pool import pool
 
 
 class Linear(nn.Linear):
@@ -133,15 +134,6 @@ class EvaVisionTransformer(nn.Module):
             rows.append(pool(hidden_IPE[start:stop], q).flatten(0, 1))
             start = stop
         return torch.cat(rows)
-
-
-def pool(hidden_IPE: Tensor, queries: int) -> Tensor:
-    """Average the patch tokens over square windows, CLS dropped: [I, P, E] to [I, queries, E], raster order."""
-    I, P, E = hidden_IPE.shape  # noqa: E741
-    side = isqrt(P - 1)
-    grid_IEHW = hidden_IPE[:, 1:].transpose(1, 2).reshape(I, E, side, side)
-    pooled_IQE: Tensor = F.avg_pool2d(grid_IEHW, side // isqrt(queries)).flatten(2).transpose(1, 2)
-    return pooled_IQE.contiguous()
 
 
 def resize_positions(table_1PE: Tensor, patches: int) -> Tensor:

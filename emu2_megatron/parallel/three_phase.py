@@ -149,7 +149,7 @@ class ThreePhaseStep:
         collects = self.trains_encoder and self.here.first_stage and self._holds_own_rows
         grads_RE = torch.zeros_like(gathered_RE) if collects else None
         batches = [self._micro_batches(batch, gathered_RE, grads_RE, stage.module) for stage in self.stages]
-        sums = self._decode(batches, batch.counts, force_all_reduce)
+        losses = self._decode(batches, batch.counts, force_all_reduce)
         clock.lap("decode")
 
         if self.trains_encoder:
@@ -158,7 +158,7 @@ class ThreePhaseStep:
             )
             self._encoder_backward(batch.chunks, encoded, home_RE, force_all_reduce)
         clock.lap("encoder_backward")
-        text_loss, image_loss = (sums / self._denominators(batch.counts)).float()
+        text_loss, image_loss = losses
         moments = self._moments(batch, gathered_RE)
         return StepOutput(text_loss, image_loss, batch.counts, moments, clock.seconds)
 
@@ -199,10 +199,6 @@ class ThreePhaseStep:
         """Whether this rank's hidden states are its own: without sequence parallelism, tensor-parallel ranks hold the
         same ones, and what all of them know must be counted once."""
         return self.here.tp_rank == 0 or self.config.parallel.sequence_parallel
-
-    def _denominators(self, counts: Tensor) -> Tensor:
-        elements = torch.tensor([1, self.config.model.encoder.hidden_size], device=counts.device)
-        return (counts[:2] * elements).clamp(min=1)
 
     # Phase 1 ------------------------------------------------------------------------------------------------------
 
@@ -259,12 +255,13 @@ class ThreePhaseStep:
             yield MicroBatch(tokens_BS, Targets(*indices), features_RE, None if samples is None else to_device(samples))
 
     def _decode(self, batches: list[Iterator[MicroBatch]], counts: Tensor, force_all_reduce: bool) -> Tensor:
-        """The pipeline schedule. Returns fp32 [2] loss sums of the global batch: text, image."""
+        """The pipeline schedule. Returns fp32 [2] losses of the global batch: text, image."""
         training = self.config.training
         weights = torch.tensor([training.text_loss_weight, training.image_loss_weight], device=counts.device)
-        scale = weights / self._denominators(counts)
-        losses = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, scale),
+        elements = torch.tensor([1, self.config.model.encoder.hidden_size], device=counts.device)
+        denominators = (counts[:2] * elements).clamp(min=1).float()
+        parts = get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, weights, denominators),
             data_iterator=batches,
             model=self.stages,
             num_microbatches=self.sequences // training.micro_batch_size,
@@ -274,12 +271,12 @@ class ThreePhaseStep:
             forward_only=False,
             force_all_reduce=force_all_reduce,
         )
-        sums = torch.zeros(2, device=counts.device)
+        total = torch.zeros(2, device=counts.device)
         if self.here.last_stage:
-            once = torch.tensor([self.here.tp_rank == 0, self._holds_own_rows], device=sums.device)
-            sums += torch.stack([loss["sums"] for loss in losses]).sum(0) * once
-        dist.all_reduce(sums, group=topology.world_group())
-        return sums
+            once = torch.tensor([self.here.tp_rank == 0, self._holds_own_rows], device=total.device)
+            total += torch.stack([part["losses"] for part in parts]).sum(0) * once
+        dist.all_reduce(total, group=topology.world_group())
+        return total
 
     # Phase 3 ------------------------------------------------------------------------------------------------------
 
@@ -314,23 +311,31 @@ def _collect(grads_RE: Tensor, index_R: Tensor, grad_RE: Tensor) -> None:
 
 
 def _copy_together(tensors: list[Tensor]) -> list[Tensor]:
-    """int64 CPU tensors on this rank's device, by one copy."""
+    """CPU tensors of integers on this rank's device, by one copy."""
     flat = to_device(torch.cat([tensor.flatten() for tensor in tensors]))
     parts = flat.split([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+    return [part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def _forward_step(scale: Tensor, batches: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
+def _forward_step(
+    weights: Tensor, denominators: Tensor, batches: Iterator[MicroBatch], model: Any
+) -> tuple[Tensor, Callable[..., Any]]:
     """megatron-core's forward step: the stage's output, and the loss to compute from it on the last stage."""
     batch = next(batches)
-    return model(batch), partial(_loss, scale, model, batch)
+    return model(batch), partial(_loss, weights, denominators, model, batch)
 
 
-def _loss(scale: Tensor, model: Any, batch: MicroBatch, hidden_SBD: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _loss(
+    weights: Tensor, denominators: Tensor, model: Any, batch: MicroBatch, hidden_SBD: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     stage: DecoderStage = model.module
-    sums = torch.stack(stage.loss_sums(hidden_SBD, batch))
+    # What megatron-core multiplies the loss by (fp16's loss scale), times the weight: the same two factors, so that the
+    # gradient of the image loss comes back as exactly this. Without a weight any other number will do.
+    image_weight = torch.where(weights[1] == 0, 1.0, weights[1])
+    image_gradient_scale = stage.config.grad_scale_func(image_weight)
+    losses = stage.losses(hidden_SBD, batch, denominators, image_gradient_scale)
     # The loss is already divided by global counts; a count of 0 tells megatron-core to divide by nothing more.
-    return (sums * scale).sum(), torch.zeros((), dtype=torch.int), {"sums": sums.detach()}
+    return (losses * weights).sum(), torch.zeros((), dtype=torch.int), {"losses": losses.detach()}
 
 
 class _Clock:

@@ -129,7 +129,11 @@ def _backend(name: str, available: bool) -> Row:
 
 def _kernels() -> list[Row]:
     kernels = importlib.import_module("emu2_megatron.platform.kernels")
-    return [Row(group, implementation) for group, implementation in kernels.in_use().items()]
+    fixes = {kernels.FUSED_OPS: kernels.library.remedy()}
+    return [
+        Row(group, implementation, not fixes.get(group), fix=fixes.get(group, ""))
+        for group, implementation in kernels.in_use().items()
+    ]
 
 
 def _extra(module: str, extra: str, purpose: str) -> Row:

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-import emu2_megatron
 from emu2_megatron.config.schema import Fp8Config
 from emu2_megatron.errors import ConfigError
+from emu2_megatron.platform import library
 
 _FP8_CHECKS = {
     "delayed": "check_fp8_support",
@@ -23,6 +23,10 @@ _FP8_CHECKS = {
     "mxfp8": "check_mxfp8_support",
 }
 """fp8.recipe to Transformer Engine's function that says whether this GPU and CUDA can."""
+
+
+FUSED_OPS = "interleave, regression loss, pool"
+"""The group of our own ops (csrc/)."""
 
 
 def has_transformer_engine() -> bool:
@@ -80,7 +84,6 @@ def require_fp8(fp8: Fp8Config) -> None:
 def in_use() -> dict[str, str]:
     """`{group: implementation}` for attention, norm, linear, fp8, optimizer, the fused ops and decoding."""
     engine = has_transformer_engine()
-    libraries = list(Path(emu2_megatron.__file__).parent.rglob("*.so"))
     adam = "torch.optim.AdamW"
     if has_apex():
         adam = "apex FusedAdam"
@@ -93,7 +96,7 @@ def in_use() -> dict[str, str]:
         "linear": "Transformer Engine" if engine else "megatron-core's parallel linears",
         "fp8": "Transformer Engine, if fp8.recipe asks for it" if engine else "only emulated (fp8.emulate)",
         "optimizer": adam,
-        "interleave and regression loss": "compiled (csrc)" if libraries else "PyTorch",
+        FUSED_OPS: library.in_use(),
         "pictures and videos": f"DALI on the {place}, else Pillow and PyAV" if has_dali() else "Pillow and PyAV",
     }
 

@@ -15,7 +15,7 @@ def test_targets() -> None:
     got = targets(tokens_BS, roles_BS)
     assert got.text_labels_SB.T.tolist() == [[10, 0, 0, 0, 0, 0], [0, 0, 11, 12, 13, 0]]
     assert got.text_mask_SB.T.tolist() == [[1, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0]]
-    assert got.visual_positions_R.tolist() == [3 * 2 + 0, 4 * 2 + 0, 2 * 2 + 1]
+    assert got.visual_slots_SB.T.tolist() == [[-1, -1, -1, 0, 1, -1], [-1, -1, 2, -1, -1, -1]]
     assert got.visual_rows_R.tolist() == [0, 1, 2]
     # [IMG] at 2 predicts the first embedding, the first embedding at 3 the second.
     assert got.predictor_positions_T.tolist() == [2 * 2 + 0, 3 * 2 + 0]
@@ -25,7 +25,9 @@ def test_targets() -> None:
 def test_nothing_to_learn() -> None:
     got = targets(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.uint8))
     assert not got.text_mask_SB.any()
-    assert len(got.visual_positions_R) == len(got.predictor_positions_T) == len(got.predicted_rows_T) == 0
+    assert (got.visual_slots_SB == -1).all()
+    assert len(got.visual_rows_R) == len(got.predictor_positions_T) == len(got.predicted_rows_T) == 0
+    assert got.visual_slots_SB.dtype == got.predicted_rows_T.dtype == torch.int32
 
 
 def test_cu_seqlens() -> None:
@@ -61,15 +63,16 @@ def test_targets_of_a_share() -> None:
     outer = targets(tokens_BS, roles_BS, share(8, 0, 2))
     assert outer.text_labels_SB.flatten().tolist() == [10, 0, 12, 0]
     assert outer.text_mask_SB.flatten().tolist() == [1, 0, 1, 0]
-    assert len(outer.visual_positions_R) == len(outer.predictor_positions_T) == 0
+    assert outer.visual_slots_SB.flatten().tolist() == [-1] * 4
+    assert len(outer.visual_rows_R) == len(outer.predictor_positions_T) == 0
     # Positions 2 3 4 5: both embeddings are at local 1 and 2; [IMG] at local 0 and the first embedding predict them.
     inner = targets(tokens_BS, roles_BS, share(8, 1, 2))
     assert inner.text_labels_SB.flatten().tolist() == [0, 0, 0, 11]
-    assert inner.visual_positions_R.tolist() == [1, 2] and inner.visual_rows_R.tolist() == [0, 1]
+    assert inner.visual_slots_SB.flatten().tolist() == [-1, 0, 1, -1] and inner.visual_rows_R.tolist() == [0, 1]
     assert inner.predictor_positions_T.tolist() == [0, 1] and inner.predicted_rows_T.tolist() == [0, 1]
     # Split by sequence: 2 3 | 4 5. The second rank holds the second embedding, and predicts nothing visual.
     first, second = (targets(tokens_BS, roles_BS, share(8, 1, 2, rank, 2)) for rank in range(2))
     assert first.text_labels_SB.equal(inner.text_labels_SB)  # labels are not split by sequence parallelism
-    assert first.visual_positions_R.tolist() == [1] and first.visual_rows_R.tolist() == [0]
-    assert second.visual_positions_R.tolist() == [0] and second.visual_rows_R.tolist() == [1]
+    assert first.visual_slots_SB.flatten().tolist() == [-1, 0] and first.visual_rows_R.tolist() == [0]
+    assert second.visual_slots_SB.flatten().tolist() == [0, -1] and second.visual_rows_R.tolist() == [1]
     assert first.predictor_positions_T.tolist() == [0, 1] and second.predictor_positions_T.tolist() == []

@@ -122,7 +122,9 @@ def test_targets_of_the_packed_row() -> None:
     got = targets(tokens, roles)
     assert got.text_labels_SB.flatten().tolist() == golden["text_labels"]
     assert got.text_mask_SB.flatten().tolist() == golden["text_mask"]
-    assert got.visual_positions_R.tolist() == golden["visual_positions"]
+    slots = torch.full((len(golden["tokens"]), 1), -1)
+    slots[golden["visual_positions"], 0] = torch.arange(len(golden["visual_positions"]))
+    assert got.visual_slots_SB.tolist() == slots.tolist()
     assert got.visual_rows_R.tolist() == golden["visual_rows"]
     assert got.predictor_positions_T.tolist() == golden["predictor_positions"]
     assert got.predicted_rows_T.tolist() == golden["predicted_rows"]

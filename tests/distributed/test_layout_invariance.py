@@ -21,7 +21,9 @@ from emu2_megatron.data.decode import normalize
 from emu2_megatron.data.sequence import START, TEXT_TARGET, VISUAL, VISUAL_TARGET, Features, PackedSequence
 from emu2_megatron.model import parameters
 from emu2_megatron.model.eva_vit import EvaVisionTransformer
+from emu2_megatron.ops import regression_loss
 from emu2_megatron.parallel import topology, wrap
+from emu2_megatron.platform import library
 from emu2_megatron.training.schedules import lr_factor
 from emu2_megatron.training.step import StepReport, train_step
 
@@ -38,13 +40,16 @@ MIXED = [[0, 1, 2, 3, 1, 0, 2, 1], [2, 0, 0, 1, 3, 1, 0, 1], [1, 1, 1, 1, 0, 2, 
 """Pictures of every sequence, for three steps."""
 
 
-def worker(_rank: int, config: Config, batches: list[list[PackedSequence]], stored: int = 0) -> dict[str, Any]:
+def worker(
+    _rank: int, config: Config, batches: list[list[PackedSequence]], stored: int = 0, fused: bool = True
+) -> dict[str, Any]:
     """Gradients of the first batch, then one update per batch; this rank's part of gradients and final weights.
 
     With `stored`, every stored-th picture of a sequence comes as features. With prefetch all batches are prepared
     before the first one runs: even further ahead than the loop goes. A batch whose update is skipped (fp16) is tried
-    again in the next step.
+    again in the next step. `fused`: with the compiled ops, if they are built.
     """
+    library.enabled = fused
     here = topology.initialize(config)
     engine = wrap.build(config, here)
     if stored:
@@ -284,6 +289,42 @@ def test_samples_attend_to_those_before_them_if_asked() -> None:
     for sequence in batch:
         sequence.roles_S &= ~np.uint8(START)
     compare(results, reference(config, [batch]), wanted_counts)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"tp": 2, "pp": 2}, {"tp": 2, "sp": True, "cp": 2, "train_encoder": True}],
+    ids=["DP4", "TP2 PP2", "TP2 SP CP2, trained"],
+)
+def test_without_the_compiled_ops(layout: dict[str, Any]) -> None:
+    """Plain PyTorch is as near to the oracle, and gives the compiled ops' losses: they add up in another order, once
+    each, so that the first step's agree to fp32's last bits."""
+    config, batches = harness.config(**layout), [harness.batch(counts, seed) for seed, counts in enumerate(MIXED)]
+    plain, fused = (harness.run(4, worker, config, batches, 0, on) for on in (False, True))
+    compare(plain, reference(config, batches), [*counts(batches[0]), sum(MIXED[0])])
+    assert plain[0]["losses"][0] == pytest.approx(fused[0]["losses"][0], rel=1e-6)
+    assert plain[0]["losses"] == [pytest.approx(losses, rel=LOSS_TOLERANCE) for losses in fused[0]["losses"]]
+
+
+def backward_passes(_rank: int, config: Config, sequences: list[PackedSequence]) -> dict[str, Any]:
+    """Whether each backward pass of the image loss was given the factor that was folded into its gradient."""
+    found: list[bool] = []
+    equal = regression_loss._equal
+    regression_loss._equal = lambda *numbers: found.append(equal(*numbers)) or found[-1]
+    engine = wrap.build(config, topology.initialize(config))
+    engine.step(engine.step.prepare(sequences))
+    return {"equal": found}
+
+
+@pytest.mark.skipif(bool(library.problem), reason="the compiled ops are not built")
+@pytest.mark.parametrize("weight", [0.3, 0.0])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_gradient_of_the_image_loss_is_scaled_once(precision: str, weight: float) -> None:
+    """Loss scale and weight are multiplied into the stored gradient, and come back to the bit (unless the weight is 0,
+    which cannot be multiplied in)."""
+    config = harness.config(precision=precision, image_loss_weight=weight, initial_loss_scale=3e4)
+    (result,) = harness.run(1, backward_passes, config, harness.batch(MIXED[0], 0))
+    assert result["equal"] == [weight != 0] * 4
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 8])

@@ -81,8 +81,8 @@ def test_a_packed_sequence_is_its_samples_alone(world_of_one: Topology) -> None:
     def run(tokens_BS: Tensor, roles_BS: Tensor, features_RE: Tensor, apart: Tensor | None) -> list[Tensor]:
         """Both losses, and the gradients of both."""
         batch = MicroBatch(tokens_BS, targets(tokens_BS, roles_BS), features_RE, apart)
-        sums = stage.loss_sums(stage(batch), batch)
-        return [*sums, *torch.autograd.grad(sum(sums), list(stage.parameters()))]
+        losses = stage.losses(stage(batch), batch, torch.ones(2), torch.ones(()))
+        return [*losses, *torch.autograd.grad(losses.sum(), list(stage.parameters()))]
 
     alone = [
         run(tokens_BS[b : b + 1, start:end], roles_BS[b : b + 1, start:end], rows_RE, None)
@@ -107,9 +107,10 @@ def test_an_embedding_that_overflowed_shows_in_the_loss(overflowed: bool, world_
     tokens_BS = torch.arange(5)[None]
     features_RE = torch.full((2, harness.MODEL.encoder.hidden_size), 65504.0, dtype=torch.float16)
     batch = MicroBatch(tokens_BS, targets(tokens_BS, roles_BS), features_RE * (2 if overflowed else 1))
-    text_sum, square_sum = stage.loss_sums(torch.ones(5, 1, harness.MODEL.decoder.hidden_size).half(), batch)
-    assert text_sum.isfinite() and text_sum > 0
-    assert square_sum.isnan() if overflowed else square_sum == 0
+    hidden_SBD = torch.ones(5, 1, harness.MODEL.decoder.hidden_size).half()
+    text_loss, image_loss = stage.losses(hidden_SBD, batch, torch.ones(2), torch.ones(()))
+    assert text_loss.isfinite() and text_loss > 0
+    assert image_loss.isnan() if overflowed else image_loss == 0
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ from emu2_megatron.data.batch import targets
 from emu2_megatron.data.sequence import VISUAL
 from emu2_megatron.model import parameters
 from emu2_megatron.model.decoder import DecoderStage, MicroBatch, transformer_config
-from emu2_megatron.model.eva_vit import EvaVisionTransformer, pool
+from emu2_megatron.model.eva_vit import EvaVisionTransformer
+from emu2_megatron.ops.pool import pool
 from emu2_megatron.parallel.topology import Topology
 
 # fp32 against fp32 in another order of operations: 1e-7 a rounding, through a few hundred accumulated terms.

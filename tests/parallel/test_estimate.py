@@ -81,7 +81,7 @@ def counted(run: Config, pictures: int) -> tuple[int, int]:
                 rows.sum().backward()
         with FlopCounterMode(display=False) as of_decoder:
             batch = MicroBatch(tokens, targets(tokens, roles), rows.detach().requires_grad_(run.training.train_encoder))
-            sum(stage.loss_sums(stage(batch), batch)).backward()
+            stage.losses(stage(batch), batch, torch.ones(2), torch.ones(())).sum().backward()
     return of_encoder.get_total_flops(), of_decoder.get_total_flops()
 
 

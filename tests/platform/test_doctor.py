@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from emu2_megatron.platform import doctor, kernels
+from emu2_megatron.platform import doctor, kernels, library
 from emu2_megatron.platform.doctor import Row
 
 ROOT = Path(__file__).parents[2]
@@ -182,12 +182,31 @@ def test_the_apex_of_pypi_is_another_one(monkeypatch, tmp_path):
     assert kernels._installed("apex_like", "optimizers")
 
 
-def test_compiled_ops_are_noticed(monkeypatch, tmp_path):
-    monkeypatch.setattr(kernels.emu2_megatron, "__file__", str(tmp_path / "__init__.py"))
-    assert kernels.in_use()["interleave and regression loss"] == "PyTorch"
-    (tmp_path / "ops").mkdir()
-    (tmp_path / "ops" / "_C.abi3.so").touch()
-    assert kernels.in_use()["interleave and regression loss"] == "compiled (csrc)"
+BUILD = "python setup.py build_ext --inplace"
+
+
+@pytest.mark.parametrize(
+    ("enabled", "problem", "has_cuda", "gpu", "found", "fix"),
+    [
+        (True, "", False, False, "compiled, for CPU", ""),
+        (True, "", True, False, "compiled, for CPU and CUDA", ""),
+        (True, "", True, True, "compiled, for CPU and CUDA", ""),
+        (True, "", False, True, "compiled on the CPU, PyTorch on the GPU",
+         f"EMU2_BUILD_CUDA=1 {BUILD} (needs nvcc, g++ and torch 2.13 or newer)"),
+        (True, "not built", False, False, "PyTorch (compiled ops: not built)",
+         f"{BUILD} (needs g++ and torch 2.10 or newer)"),
+        (True, "not built", False, True, "PyTorch (compiled ops: not built)",
+         f"EMU2_BUILD_CUDA=1 {BUILD} (needs nvcc, g++ and torch 2.13 or newer)"),
+        (False, "", False, False, "PyTorch (EMU2_FUSED_OPS=0)", ""),
+    ],
+)  # fmt: skip
+def test_what_runs_our_ops(monkeypatch, enabled, problem, has_cuda, gpu, found, fix):
+    for name, value in (("enabled", enabled), ("problem", problem), ("has_cuda", has_cuda)):
+        monkeypatch.setattr(library, name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    row = next(row for row in doctor._kernels() if row.subject == kernels.FUSED_OPS)
+    assert row == Row(kernels.FUSED_OPS, found, fine=not fix, fix=fix)
+    assert (fix in printed([row])[1]) and printed([row])[0] == 0
 
 
 def test_nothing_heavy_is_imported():
