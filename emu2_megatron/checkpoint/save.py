@@ -1,20 +1,23 @@
 """Writing checkpoints, at once or in the background (`checkpoint/files.py`: what is written, and how it is safe)."""
 
-import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import psutil
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future as TorchFuture
 
 from emu2_megatron.checkpoint import adam, files
 from emu2_megatron.checkpoint.pieces import Writing
@@ -22,6 +25,9 @@ from emu2_megatron.checkpoint.state import State, stored
 from emu2_megatron.config.schema import CheckpointConfig
 from emu2_megatron.errors import CheckpointError
 from emu2_megatron.parallel.wrap import Engine
+
+_PROBE = 2**26
+"""Most bytes to measure the speed of a disk with."""
 
 
 class Saver:
@@ -38,7 +44,7 @@ class Saver:
         self.group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="emu2-checkpoint")
         self._pending: Future[None] | None = None
-        self._told = False
+        self._told = self._told_undeleted = False
 
     def save(self, step: int, rest: dict[str, Any]) -> Path:
         """Write a checkpoint.
@@ -90,6 +96,7 @@ class Saver:
 
         def make_folder() -> None:
             self.directory.mkdir(parents=True, exist_ok=True)
+            files.sync(self.directory.parent)
             if final.exists():
                 raise FileExistsError(f"{final} is already there")
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -98,7 +105,7 @@ class Saver:
                 raise OSError(f"{self.directory} has {_size(free)} free, the checkpoint needs {_size(total)}")
             unfinished.mkdir()
             if not self._told:
-                speed = _write_speed(unfinished / "probe")
+                speed = _write_speed(unfinished / "probe", min(_PROBE, total))
                 self.say(
                     f"a checkpoint has {_size(total)}, written in about {max(sizes) / speed:.0f} s if each rank writes "
                     f"{_size(int(speed))} a second, as rank 0 does alone; {self.directory} has {_size(free)} free"
@@ -113,51 +120,121 @@ class Saver:
     def _write(self, final: Path, state: State, trainer: dict[str, Any]) -> None:
         """Write, check in, rename. All ranks succeed or all raise."""
         unfinished = _unfinished(final)
+        try:
+            self._write_files(unfinished, final, state, trainer)
+        except CheckpointError:
+            if dist.get_rank() == 0:  # what it takes may be what is missing
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+    def _write_files(self, unfinished: Path, final: Path, state: State, trainer: dict[str, Any]) -> None:
         rank = dist.get_rank()
         try:
-            writer = _Writer(unfinished, thread_count=2)
-            save(state, storage_writer=writer, planner=Writing(), process_group=self.group)
-        except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
-            self._on_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True), final)
-            raise CheckpointError(f"cannot save {final}: {_cause(error)}") from error
-        mine = {file.name: files.checksum(file) for file in unfinished.glob(f"__{rank}_*")}
-        written: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(written, mine, group=self.group)
+            save(state, storage_writer=_Writer(unfinished), planner=Writing(), process_group=self.group)
+        except CheckpointException as error:  # no Exception: what ranks failed by, on all ranks alike
+            failed, (first, _) = min(error.failures.items())
+            raise CheckpointError(f"cannot save {final}: rank {failed}: {first}") from error
+        table: dict[str, dict[str, int]] = {}
+        problem = ""
+        try:
+            table = {file.name: files.checksum(file) for file in unfinished.glob(f"__{rank}_*")}
+        except OSError as error:
+            problem = f"rank {rank}: {error}"
+        of_ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, (table, problem), group=self.group)
+        if problems := [of_rank for _, of_rank in of_ranks if of_rank]:
+            raise CheckpointError(f"cannot save {final}: {problems[0]}")
 
         def check_in() -> None:
-            table = {".metadata": files.checksum(unfinished / ".metadata")}
-            for of_rank in written:
-                table |= of_rank
+            everything = {".metadata": files.checksum(unfinished / ".metadata")}
+            for of_rank, _ in of_ranks:
+                everything |= of_rank
             marker = unfinished / files.TRAINER
-            marker.write_text(json.dumps({**trainer, "files": table}, indent=1))
+            marker.write_text(files.trainer_text({**trainer, "files": everything}))
             files.sync(marker)
             files.sync(unfinished)
             unfinished.rename(final)
             files.sync(self.directory)
-            for path in files.surplus(files.complete(self.directory), self.config.keep_last, self.config.keep_every):
-                files.delete(path)
+            self._delete_surplus()
 
         self._on_rank_0(check_in, final)
 
+    def _delete_surplus(self) -> None:
+        """What cannot be deleted is said once; the new checkpoint is there all the same."""
+        try:
+            for path in files.surplus(files.complete(self.directory), self.config.keep_last, self.config.keep_every):
+                files.delete(path)
+        except OSError as error:
+            if not self._told_undeleted:
+                self.say(f"checkpoint.keep_last: cannot delete an old checkpoint: {error}")
+            self._told_undeleted = True
+
     def _on_rank_0(self, action: Callable[[], None], final: Path) -> None:
-        """Do something on rank 0 while the others wait; if it fails, it fails on all of them."""
+        """Do something on rank 0 while the others wait; if it fails, whatever by, it fails on all of them."""
         problem = [""]
         if dist.get_rank() == 0:
             try:
                 action()
-            except OSError as error:
-                problem = [str(error)]
+            except Exception as error:
+                problem = [str(error) or repr(error)]
         dist.broadcast_object_list(problem, src=0, group=self.group)
         if problem[0]:
             raise CheckpointError(f"cannot save {final}: {problem[0]}")
 
 
 class _Writer(FileSystemWriter):
-    """torch's, without a path and a random number in the table of contents: a checkpoint may be moved, and equal ones
-    have equal bytes."""
+    """torch's with two threads, and two differences.
+
+    A thread that fails is noticed: torch prints its traceback, and checks in a checkpoint that lacks what it had to
+    write. And equal checkpoints have equal bytes, wherever they are: no path and no random number in the table of
+    contents, which is in one order, however fast the threads were.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, thread_count=2)
+        self.files = self.fs = _Files()
 
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> "TorchFuture[list[WriteResult]]":
+        written = super().write_data(plan, planner)
+        self.files.check()
+        if len(written.wait()) != len(plan.items):
+            raise RuntimeError("a thread that writes ended before its work")
+        return written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        everything = [result for of_rank in results for result in of_rank]
+        everything.sort(key=lambda result: (result.index.fqn, tuple(result.index.offset or ())))
+        super().finish(metadata, [everything])
+        self.files.check()
+
+
+class _Files(FileSystem):
+    """torch's way to files; in place of raising where nobody listens, in threads, it remembers what went wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failed: list[Exception] = []
+
+    def check(self) -> None:
+        """Raise what went wrong first."""
+        if self.failed:
+            raise self.failed[0]
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[IO[bytes]]:  # type: ignore[override]
+        try:
+            stream = open(path, mode)
+        except OSError as error:
+            self.failed.append(error)
+            stream = open(os.devnull, mode)
+        try:
+            with stream:
+                yield stream
+        except Exception as error:
+            self.failed.append(error)
 
 
 def _unfinished(final: Path) -> Path:
@@ -169,20 +246,12 @@ def _size(number: int) -> str:
     return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
 
 
-def _write_speed(file: Path) -> float:
-    """Bytes a second of writing and syncing 64 MiB."""
-    data = bytes(2**26)
+def _write_speed(file: Path, size: int) -> float:
+    """Bytes a second of writing and syncing so many."""
+    data = bytes(size)
     start = time.perf_counter()
     with open(file, "wb") as stream:
         stream.write(data)
         os.fsync(stream.fileno())
     file.unlink()
     return len(data) / (time.perf_counter() - start)
-
-
-def _cause(error: BaseException) -> str:
-    """The first rank's error, in a line, without the traceback that torch puts around it."""
-    if isinstance(error, CheckpointException):
-        rank, (first, _) = min(error.failures.items())
-        return f"rank {rank}: {first}"
-    return str(error)
