@@ -58,10 +58,7 @@ def read_trainer(path: Path) -> dict[str, Any]:
     """
     file = path / TRAINER
     if not file.is_file():
-        hint = ""
-        if inside := complete(path) if path.is_dir() else []:
-            hint = f"; one of its folders is meant, the latest is {inside[-1].name}"
-        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {TRAINER}{hint}")
+        raise CheckpointError(_incomplete(path))
     try:
         state = json.loads(file.read_text())
         missing = {"format", "step", "files", "data"} - set(state)
@@ -76,6 +73,13 @@ def read_trainer(path: Path) -> dict[str, Any]:
     if strange := [name for name in state["files"] if Path(name).name != name]:
         raise CheckpointError(f"{file} names a file outside of its folder: {strange[0]}")
     return dict(state)
+
+
+def _incomplete(path: Path) -> str:
+    hint = ""
+    if inside := complete(path) if path.is_dir() else []:
+        hint = f"; one of its folders is meant, the latest is {inside[-1].name}"
+    return f"{path} is not a complete checkpoint: it has no {TRAINER}{hint}"
 
 
 def trainer_text(state: dict[str, Any]) -> str:
@@ -100,8 +104,8 @@ def reading(path: Path) -> Iterator[None]:
     except OSError as error:
         if file:
             file.close()
-        reason = f"it has no {TRAINER}" if isinstance(error, (FileNotFoundError, NotADirectoryError)) else str(error)
-        raise CheckpointError(f"{path} is not a complete checkpoint: {reason}") from error
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        raise CheckpointError(_incomplete(path) if missing else f"{path} cannot be read: {error}") from error
     with file:
         yield
 
@@ -195,11 +199,10 @@ def set_aside(directory: Path, step: int) -> list[Path]:
         CheckpointError: one of them is being read.
     """
     moved = []
-    for path in sorted(directory.glob("step_*")):
-        if not _NAME.fullmatch(path.name) or step_of(path) <= step:
-            continue
-        if _is_read(path):
-            raise CheckpointError(f"{path} is in the way and is being read: try again later, or move it elsewhere")
+    later = [path for path in directory.glob("step_*") if _NAME.fullmatch(path.name) and step_of(path) > step]
+    if being_read := [path for path in later if _is_read(path)]:
+        raise CheckpointError(f"{being_read[0]} is in the way and is being read: try again later, or move it elsewhere")
+    for path in sorted(later, key=step_of):
         number = 0
         while (aside := path.with_name(f"{path.name}{ASIDE}{number or ''}")).exists():
             number += 1

@@ -1,6 +1,6 @@
 """Reading a checkpoint into any layout."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import isqrt
 from pathlib import Path
@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from emu2_megatron.checkpoint import adam, files, metadata
 from emu2_megatron.checkpoint.pieces import Reading
@@ -38,8 +39,8 @@ def load_weights(path: str | Path, engine: Engine) -> dict[str, Any]:
             that are not finite.
     """
     path = Path(path)
-    with _reading(path) as trainer:
-        _load_weights(path, engine, trainer["files"])
+    with _reading(path) as (trainer, contents):
+        _load_weights(path, engine, contents)
     engine.optimizer.reload_model_params()
     return trainer
 
@@ -50,8 +51,8 @@ def load(path: str | Path, engine: Engine) -> dict[str, Any]:
     A checkpoint without an optimizer's state (a converted one) is refused.
     """
     path = Path(path)
-    with _reading(path) as trainer:
-        shapes = _load_weights(path, engine, trainer["files"])
+    with _reading(path) as (trainer, contents):
+        shapes = _load_weights(path, engine, contents)
         if not any(name.startswith("optimizer.") for name in shapes):
             raise CheckpointError(
                 f"{path} has weights alone, no optimizer's state: nothing to resume; start from it with "
@@ -67,7 +68,7 @@ def load(path: str | Path, engine: Engine) -> dict[str, Any]:
             if pieces.dtype is torch.float32 and _MASTER + name in shapes
         }
         random = {name: pieces for name, pieces in random_states(engine).items() if name in shapes}
-        _read(path, {**state, **random}, trainer["files"])
+        _read(path, {**state, **random}, contents)
     set_random_states(random)
     adam.restore_scalars(engine, trainer["optimizer"])
     return trainer
@@ -82,14 +83,15 @@ def check_files(path: Path, table: dict[str, dict[str, int]]) -> None:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[dict[str, Any]]:
-    """Hold a checkpoint whose files are as they were written; gives what its trainer.json says. All ranks or none."""
+def _reading(path: Path) -> Iterator[tuple[dict[str, Any], Metadata]]:
+    """Hold a checkpoint whose files are as they were written; gives what its trainer.json says, and its table of
+    contents. All ranks or none."""
     held = files.reading(path)
     _agreed(held.__enter__)
     try:
         trainer = _agreed(lambda: files.read_trainer(path))
         check_files(path, trainer["files"])
-        yield trainer
+        yield trainer, _agreed(lambda: metadata.table(path, trainer["files"]))
     finally:
         held.__exit__(None, None, None)
 
@@ -117,9 +119,9 @@ def _shortened(problems: Sequence[str]) -> str:
     return "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
 
 
-def _load_weights(path: Path, engine: Engine, names: Collection[str]) -> dict[str, tuple[int, ...]]:
-    """`names` are the files of the checkpoint. Returns the shapes of all tensors in it."""
-    shapes = _agreed(lambda: metadata.check(path))
+def _load_weights(path: Path, engine: Engine, contents: Metadata) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of all tensors in the checkpoint."""
+    shapes = metadata.shapes(contents)
     state = weights(engine)
     positions = engine.encoder.pos_embed
     table = shapes.get(_POSITIONS, ())
@@ -131,16 +133,16 @@ def _load_weights(path: Path, engine: Engine, names: Collection[str]) -> dict[st
     wrong = sorted(name for name in set(state) & set(shapes) if tuple(state[name].shape) != shapes[name])
     if missing or wrong:
         raise CheckpointError(f"{path} cannot be loaded into this model: {_listed(missing, wrong, state, shapes)}")
-    _read(path, state, names)
+    _read(path, state, contents)
     if resizes:
         (stored,) = state[_POSITIONS].boxes.values()
         positions.data.copy_(resize_positions(stored, positions.shape[1] - 1))
     return shapes
 
 
-def _read(path: Path, state: State, names: Collection[str]) -> None:
+def _read(path: Path, state: State, contents: Metadata) -> None:
     try:
-        state_dict_loader.load(state, storage_reader=metadata.Reader(path, names), planner=Reading())
+        state_dict_loader.load(state, storage_reader=metadata.Reader(path, contents), planner=Reading())
     except CheckpointException as error:  # no Exception: what a rank's reading failed by, on all ranks alike
         rank, (first, _) = min(error.failures.items())
         raise CheckpointError(f"{path} cannot be loaded into this model: rank {rank}: {first}") from error

@@ -33,22 +33,15 @@ ALLOWED = {
 
 
 class Reader(FileSystemReader):
-    """torch's, which does not run what a table of contents refers to, and reads no file but those it may."""
+    """torch's, with a table of contents that was read, and checked, before."""
 
-    def __init__(self, folder: Path, files: Collection[str]) -> None:
-        """`files` are the names in the folder that were checked."""
+    def __init__(self, folder: Path, table: Metadata) -> None:
         super().__init__(folder)
-        self.folder, self.files = folder, files
+        self.table = table
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        table = _table(self.folder)
-        named = {info.relative_path for info in table.storage_data.values()}
-        if strange := sorted(named - set(self.files)):
-            raise CheckpointError(f"{self.folder / '.metadata'} refers to {strange[0]}, which is no file of it")
-        if table.storage_meta is None:
-            table.storage_meta = StorageMeta()
-        table.storage_meta.load_id = self.load_id
-        return table
+        self.table.storage_meta = StorageMeta(load_id=self.load_id)
+        return self.table
 
 
 class _Unpickler(pickle.Unpickler):
@@ -59,25 +52,35 @@ class _Unpickler(pickle.Unpickler):
 
 
 def check(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a checkpoint, over all its shards, by its table of contents; arguments and
+    errors as of `table`."""
+    return shapes(table(folder))
+
+
+def shapes(contents: Metadata) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a table of contents."""
+    entries = contents.state_dict_metadata.items()
+    return {name: tuple(entry.size) for name, entry in entries if hasattr(entry, "size")}
+
+
+def table(folder: Path, files: Collection[str] | None = None) -> Metadata:
     """Read the table of contents of a checkpoint, and nothing else.
 
-    Returns:
-        Name and shape of every tensor in it, over all its shards.
+    Args:
+        files: names of files in the folder; it may refer to no other ones. None does not look at that.
 
     Raises:
         CheckpointError: the table is missing, damaged, or refers to something that no such table needs.
     """
-    contents = _table(folder).state_dict_metadata
-    return {name: tuple(entry.size) for name, entry in contents.items() if hasattr(entry, "size")}
-
-
-def _table(folder: Path) -> Metadata:
     path = folder / ".metadata"
     try:
         with path.open("rb") as file:
-            table = _Unpickler(file).load()
-        if not isinstance(table, Metadata):
-            raise CheckpointError(f"it is a {type(table).__name__}")
-        return table
+            found = _Unpickler(file).load()
+        if not isinstance(found, Metadata):
+            raise CheckpointError(f"it is a {type(found).__name__}")
+        named = {info.relative_path for info in found.storage_data.values()}
+        if files is not None and (strange := sorted(named - set(files))):
+            raise CheckpointError(f"it refers to {strange[0]}, which is no file of this checkpoint")
+        return found
     except Exception as error:  # a damaged pickle raises nearly anything
         raise CheckpointError(f"{path} is not a table of contents that torch wrote: {error}") from error

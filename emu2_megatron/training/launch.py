@@ -1,5 +1,6 @@
 """From a validated configuration to running ranks."""
 
+import errno
 import os
 import signal
 import tempfile
@@ -60,8 +61,12 @@ def _run(config: Config) -> None:
     except RuntimeError as error:
         if not _is_lost_peer(error):
             raise
-        cause = str(error).strip().partition("\n")[0]
+        cause = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise PeerLost(f"another rank ended or cannot be reached; its message says why ({cause})") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise
+        raise Emu2Error(f"a file of the run cannot be written or read: {error}") from error
 
 
 def _is_lost_peer(error: BaseException) -> bool:
