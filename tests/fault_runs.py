@@ -140,9 +140,10 @@ def finish(folder: Path, shards: str, *more: str, enter: Callable[[], None] | No
 
 
 def launch(folder: Path, shards: str, *more: str) -> "subprocess.Popen[str]":
-    """`emu2 train` as a user starts it; stderr is in its stdout."""
+    """`emu2 train` as a user starts it, which starts two ranks; stderr is in its stdout."""
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    more = ("parallel.data_parallel_size=2", *more)
     command = [sys.executable, "-m", "emu2_megatron.cli", "train", *overrides(folder, shards, *more)]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
