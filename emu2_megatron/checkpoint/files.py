@@ -179,7 +179,8 @@ def delete(path: Path) -> bool:
             if not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 return False
             gone = path.with_name(path.name + UNFINISHED)
-            shutil.rmtree(gone, ignore_errors=True)  # of a save that was cut off
+            if gone.exists():  # of a save that was cut off
+                shutil.rmtree(gone)
             path.rename(gone)
             sync(path.parent)  # a power failure must not leave the name and take files
             shutil.rmtree(gone)

@@ -7,9 +7,12 @@ from typing import Any
 import harness
 import pytest
 import torch
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 
-from emu2_megatron.checkpoint.load import load_weights
-from emu2_megatron.checkpoint.save import Saver
+from emu2_megatron.checkpoint import files
+from emu2_megatron.checkpoint.load import load, load_weights
+from emu2_megatron.checkpoint.save import Saver, _Writer
 from emu2_megatron.config.schema import Config
 from emu2_megatron.errors import CheckpointError
 from emu2_megatron.model import parameters
@@ -129,6 +132,65 @@ def test_another_picture_size(tmp_path: Path, precision: str) -> None:
         # would put other numbers in the place of all.
         moved = (loaded[0]["trained"].double() - wanted["visual.pos_embed"].double()).abs().max()
         assert 1e-5 < moved < 1e-3 < (table.double().std() / 10)
+
+
+def not_finite_worker(rank: int, config: Config, directory: str) -> dict[str, Any]:
+    """Two checkpoints; before the second, one element of one rank's optimizer is spoilt."""
+    engine = wrap.build(config, topology.initialize(config))
+    saver = Saver(config.checkpoint, Path(directory), engine, print)
+    finite = [files.read_trainer(saver.save(1, {"data": PLACE}))["finite"]]
+    if rank == 1:
+        part = engine.optimizer.chained_optimizers[0].optimizer
+        part.state[part.param_groups[0]["params"][0]]["exp_avg"].view(-1)[0] = float("nan")
+    path = saver.save(2, {"data": PLACE})
+    with pytest.raises(CheckpointError, match=r"numbers that are not finite: in optimizer\.exp_avg\."):
+        load(path, engine)
+    return {"finite": [*finite, files.read_trainer(path)["finite"]]}
+
+
+def test_a_nan_on_one_rank(tmp_path: Path) -> None:
+    """All ranks know of it: the checkpoint says so, and is not gone on from."""
+    results = harness.run(2, not_finite_worker, harness.config(train_encoder=True), str(tmp_path))
+    assert [result["finite"] for result in results] == [[True, False]] * 2
+
+
+def disagreeing_worker(rank: int, config: Config, directory: str) -> dict[str, Any]:
+    """The checkpoint is whole on one rank's disk, and missing on the other's."""
+    engine = wrap.build(config, topology.initialize(config))
+    path = Saver(config.checkpoint, Path(directory), engine, print).save(1, {"data": PLACE})
+    for function in (load, load_weights):
+        with pytest.raises(CheckpointError, match="not a complete checkpoint"):
+            function(path if rank else Path(directory) / "elsewhere", engine)
+    return {"step": load(path, engine)["step"]}
+
+
+def test_ranks_agree_on_what_cannot_be_read(tmp_path: Path) -> None:
+    results = harness.run(2, disagreeing_worker, harness.config(), str(tmp_path))
+    assert [result["step"] for result in results] == [1, 1]
+
+
+STATE = {f"tensor {i}": torch.arange(100 * i) for i in range(1, 9)}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("name", ["__0_0.distcp", "__0_1.distcp", ".metadata.tmp"])
+def test_a_file_that_cannot_be_written(tmp_path: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whichever of the threads it is that fails: torch's own prints its traceback and goes on without the tensors."""
+    (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointException) as caught:
+        state_dict_saver.save(STATE, storage_writer=_Writer(tmp_path), no_dist=True)
+    ((error, _),) = caught.value.failures.values()
+    assert isinstance(error, IsADirectoryError) and name in str(error)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_equal_checkpoints_have_equal_bytes(tmp_path: Path) -> None:
+    contents = []
+    for i in range(10):
+        state_dict_saver.save(STATE, storage_writer=_Writer(tmp_path / str(i)), no_dist=True)
+        contents.append({file.name: file.read_bytes() for file in (tmp_path / str(i)).iterdir()})
+    assert len(contents[0]) == 3 and all(content == contents[0] for content in contents)
 
 
 def refused_worker(_rank: int, config: Config, path: str) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Which checkpoints are complete, sound, and may go."""
 
-import json
 import multiprocessing
 import os
 import subprocess
@@ -12,6 +11,8 @@ import pytest
 from emu2_megatron.checkpoint import files
 from emu2_megatron.errors import CheckpointError
 
+SAYS = {"format": files.FORMAT, "step": 1, "data": {}, "files": {}}
+
 
 def make(directory: Path, step: int, finite: bool = True, data: bytes = b"tensors") -> Path:
     path = files.folder(directory, step)
@@ -19,7 +20,7 @@ def make(directory: Path, step: int, finite: bool = True, data: bytes = b"tensor
     (path / "__0_0.distcp").write_bytes(data)
     table = {"__0_0.distcp": files.checksum(path / "__0_0.distcp")}
     state = {"format": files.FORMAT, "step": step, "data": {}, "files": table, "finite": finite}
-    (path / files.TRAINER).write_text(json.dumps(state))
+    (path / files.TRAINER).write_text(files.trainer_text(state))
     return path
 
 
@@ -104,12 +105,63 @@ def test_damage_is_named(tmp_path: Path) -> None:
         ("[]", "damaged: it lacks"),
         ('{"step": 1}', "damaged: it lacks data, files, format"),
         ('{"step": 1, "data": {}, "files": {}, "format": 99}', "of format 99, this version reads 1"),
+        ('{"step": 1, "data": {}, "files": {}, "format": 1}', "damaged: its checksum"),
+        (files.trainer_text(SAYS).replace('"step": 1', '"step": 2'), "damaged: its checksum"),
+        (files.trainer_text({**SAYS, "files": {"../../dev/zero": {}}}), "outside of its folder: ../../dev/zero"),
+        (files.trainer_text({**SAYS, "files": {"/dev/zero": {}}}), "outside of its folder: /dev/zero"),
     ],
 )
 def test_a_marker_that_says_nothing(tmp_path: Path, text: str, message: str) -> None:
     (make(tmp_path, 1) / files.TRAINER).write_text(text)
     with pytest.raises(CheckpointError, match=message):
         files.read_trainer(files.folder(tmp_path, 1))
+
+
+def test_what_a_marker_says_is_read_back(tmp_path: Path) -> None:
+    path = make(tmp_path, 1)
+    (path / files.TRAINER).write_text(files.trainer_text({**SAYS, "optimizer": {"loss_scale": 0.1}}))
+    assert files.read_trainer(path) == {**SAYS, "optimizer": {"loss_scale": 0.1}}
+
+
+def test_later_ones_are_set_aside(tmp_path: Path) -> None:
+    """Complete or not; all of them, or none while one is read."""
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+    (tmp_path / "step_00000004").mkdir()
+    (tmp_path / "step_00000003.aside").mkdir()
+    with files.reading(tmp_path / "step_00000003"), pytest.raises(CheckpointError, match="step_00000003 is in the way"):
+        files.set_aside(tmp_path, 1)
+    assert files.complete(tmp_path) == [tmp_path / f"step_0000000{step}" for step in (1, 2, 3)]
+    moved = files.set_aside(tmp_path, 1)
+    assert [path.name for path in moved] == ["step_00000002.aside", "step_00000003.aside1", "step_00000004.aside"]
+    assert [path.name for path in files.complete(tmp_path)] == ["step_00000001"] and all(p.is_dir() for p in moved)
+    assert files.set_aside(tmp_path, 1) == []
+
+
+def test_leftovers(tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    for name in ("step_00000002.unfinished", "step_00000003.aside", "other.unfinished"):
+        make(tmp_path, 2).rename(tmp_path / name)
+    assert files.remove_leftovers(tmp_path) == ["step_00000002.unfinished"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.unfinished", "step_00000001", "step_00000003.aside"]
+    assert files.remove_leftovers(tmp_path / "nowhere") == []
+
+
+def test_a_damaged_marker_is_not_finite(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        make(tmp_path, step)
+    (tmp_path / "step_00000003" / files.TRAINER).write_text("{")
+    assert files.surplus(files.complete(tmp_path), 1, 0) == [tmp_path / "step_00000001"]
+
+
+def test_one_that_is_replaced_while_a_reader_waits_for_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader has the old file open by then: it must not read the folder under a lock that protects nothing."""
+    path = make(tmp_path, 1)
+    monkeypatch.setattr(files, "_lock", lambda file, how: (path / files.TRAINER).unlink() or True)
+    with pytest.raises(CheckpointError, match="it has no trainer.json"), files.reading(path):
+        pass
 
 
 def test_the_directory_in_place_of_a_checkpoint(tmp_path: Path) -> None:

@@ -72,7 +72,9 @@ def test_balance_and_padding(world_of_one: topology.Topology) -> None:
 
 
 def test_the_peak_of_a_cpu_is_measured_and_said_to_be(world_of_one: topology.Topology) -> None:
+    before = torch.get_rng_state()
     best, said = peak(harness.config())
+    assert torch.equal(torch.get_rng_state(), before), "a resumed run would go on with other random numbers"
     assert 1e8 < best < 1e14  # a slow core to a large server
     assert "measured by a 512 x 512 matrix product" in said and "fp32" in said and "really encoded" in said
 
