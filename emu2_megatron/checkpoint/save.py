@@ -12,13 +12,12 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from emu2_megatron.checkpoint import adam, files
 from emu2_megatron.checkpoint.pieces import Writing
 from emu2_megatron.checkpoint.state import State, stored
+from emu2_megatron.checkpoint.writer import Writer
 from emu2_megatron.config.schema import CheckpointConfig
 from emu2_megatron.errors import CheckpointError
 from emu2_megatron.parallel.wrap import Engine
@@ -38,6 +37,7 @@ class Saver:
         self.group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="emu2-checkpoint")
         self._pending: Future[None] | None = None
+        self._copies: State = {}
         self._told = False
 
     def save(self, step: int, rest: dict[str, Any]) -> Path:
@@ -62,8 +62,9 @@ class Saver:
         optimizer = adam.scalars(self.engine)
         trainer = {"format": files.FORMAT, "step": step, "finite": finite, "optimizer": optimizer, **rest}
         if background:
-            copied = {name: pieces.copied() for name, pieces in state.items()}
-            self._pending = self._thread.submit(self._write, final, copied, trainer)
+            # The same memory every time: new pages would cost more than the copy.
+            self._copies = {name: pieces.copied(self._copies.get(name)) for name, pieces in state.items()}
+            self._pending = self._thread.submit(self._write, final, self._copies, trainer)
         else:
             self._write(final, state, trainer)
         return final
@@ -81,7 +82,7 @@ class Saver:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         # A copy, and as much again for what the loop needs meanwhile.
         fits = 2 * mine * local < psutil.virtual_memory().available
-        finite = all(bool(box.isfinite().all()) for pieces in state.values() for box in pieces.boxes.values())
+        finite = all(pieces.finite for pieces in state.values())
         of_ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(of_ranks, (mine, fits, finite), group=self.group)
         sizes = [size for size, _, _ in of_ranks]
@@ -115,14 +116,13 @@ class Saver:
         unfinished = _unfinished(final)
         rank = dist.get_rank()
         try:
-            writer = _Writer(unfinished, thread_count=2)
+            writer = Writer(unfinished, rank)
             save(state, storage_writer=writer, planner=Writing(), process_group=self.group)
         except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
             self._on_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True), final)
             raise CheckpointError(f"cannot save {final}: {_cause(error)}") from error
-        mine = {file.name: files.checksum(file) for file in unfinished.glob(f"__{rank}_*")}
         written: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(written, mine, group=self.group)
+        dist.all_gather_object(written, writer.checksums, group=self.group)
 
         def check_in() -> None:
             table = {".metadata": files.checksum(unfinished / ".metadata")}
@@ -150,14 +150,6 @@ class Saver:
         dist.broadcast_object_list(problem, src=0, group=self.group)
         if problem[0]:
             raise CheckpointError(f"cannot save {final}: {problem[0]}")
-
-
-class _Writer(FileSystemWriter):
-    """torch's, without a path and a random number in the table of contents: a checkpoint may be moved, and equal ones
-    have equal bytes."""
-
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta()
 
 
 def _unfinished(final: Path) -> Path:
