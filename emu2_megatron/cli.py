@@ -104,8 +104,10 @@ def _inspect(name_or_file: str, overrides: Sequence[str], rows: int, output: str
 
     from emu2_megatron.data.inspect import inspect
 
-    inspect(config, rows, Path(output))
+    warning = inspect(config, rows, Path(output))
     print(f"wrote {output}")
+    if warning:
+        print(f"emu2: {warning}", file=sys.stderr)
     return 0
 
 

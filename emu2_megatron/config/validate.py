@@ -247,7 +247,7 @@ def _within_a_stage(key: str) -> Rule:
 
 _BF16_LAYERS = ("fp8.first_layers_bf16", "fp8.last_layers_bf16")
 _GIVE_TOKENIZER = "give the path of a SentencePiece tokenizer.model"
-_MAKE_SHARDS = "give tar shards, `python tools/make_shards.py --help` makes them"
+_MAKE_SHARDS = "give tar shards; `emu2 shards --input FOLDER --output FOLDER` makes them"
 
 _POSITIVE = """
     model.encoder.image_size model.encoder.patch_size model.encoder.num_layers model.encoder.hidden_size

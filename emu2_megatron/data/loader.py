@@ -103,6 +103,12 @@ class Loader:
         self._prefetch = self._thread.submit(self._step, self._places)
         return step.rows
 
+    @property
+    def bad(self) -> int:
+        """Samples that have proved bad since this loader was made, each counted once; some may be ahead of the last
+        batch handed out."""
+        return self._quarantine.distinct
+
     def state(self) -> State:
         """The place after the last batch handed out."""
         slots = {str(slot): place.state() for slot, place in self._places.items()}

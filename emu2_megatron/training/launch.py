@@ -79,7 +79,8 @@ def _check_directory(config: Config) -> None:
     ):
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            earlier = sorted(path.name for path in directory.glob(pattern))
+            # A run that ended before its first step leaves an empty log.
+            earlier = sorted(path.name for path in directory.glob(pattern) if path.is_dir() or path.stat().st_size)
         except OSError as error:
             raise ConfigError(f"{key}: {directory} cannot be used: {error}") from error
         if not os.access(directory, os.W_OK):

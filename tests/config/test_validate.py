@@ -268,7 +268,7 @@ def test_odd_heads_cannot_be_rotated():
 
 def test_data_has_to_be_given():
     assert error_of(changed(TINY, data__shards=())) == (
-        "data.shards: []; give tar shards, `python tools/make_shards.py --help` makes them"
+        "data.shards: []; give tar shards; `emu2 shards --input FOLDER --output FOLDER` makes them"
     )
     assert error_of(changed(TINY, data__tokenizer="")) == (
         "data.tokenizer: ''; give the path of a SentencePiece tokenizer.model"
@@ -286,7 +286,7 @@ def test_files(tmp_path):
     for pattern in ("a.tar", "*.tar", "**/*.tar", "[b].tar"):
         validate.validate_files(config(pattern))
     for bad, said in [
-        (config("c*.tar"), f"data.shards: {tmp_path}/c*.tar matches no file; give tar shards, `python tools/make_sh"),
+        (config("c*.tar"), f"data.shards: {tmp_path}/c*.tar matches no file; give tar shards; `emu2 shards --inp"),
         (config("a.tar", "nowhere"), f"data.tokenizer: {tmp_path}/nowhere is not a file; give the path of a Sentence"),
         (config("a.tar", ""), f"data.tokenizer: {tmp_path} is not a file"),
     ]:
