@@ -8,7 +8,7 @@ folders name and fuse them in yet another way: `hf_parameters`.
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -142,6 +142,21 @@ def stored_parameters(model: ModelConfig) -> dict[str, tuple[Rule, tuple[str, ..
         elif key not in STORED_NAMES:
             stored[key] = rule, names
     return dict(sorted(stored.items(), key=lambda item: order[item[1][1][0]]))
+
+
+def unpadded(model: ModelConfig) -> ModelConfig:
+    """The model with a vocabulary that a single tensor-parallel rank does not pad."""
+    return replace(model, decoder=replace(model.decoder, make_vocab_size_divisible_by=1))
+
+
+def stored_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a checkpoint, the vocabulary without padding."""
+    whole = {name: torch.empty(shape, device="meta") for name, shape in released_shapes(model).items()}
+    model = unpadded(model)
+    return {
+        name: tuple(rule.cut(model, [whole[released] for released in names], 1)[0].shape)
+        for name, (rule, names) in stored_parameters(model).items()
+    }
 
 
 @dataclass(frozen=True)
