@@ -1,14 +1,15 @@
 """Released weights, or the models the paper starts from, to a checkpoint that loads into any layout."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
-from emu2_megatron.config.loading import to_yaml
-from emu2_megatron.config.schema import Config, DataConfig, ModelConfig
+from emu2_megatron.config.schema import ModelConfig
 from emu2_megatron.convert import huggingface, sources
 from emu2_megatron.convert.places import Scratch
 from emu2_megatron.convert.shards import Check, Output, Shard, Unit, group, identity, open_folder, write_shards
@@ -110,10 +111,10 @@ def _write(
         write_shards(folder, shards, FORMAT, "importing", check)
         if tokenizer is not None:
             folder.add(TOKENIZER, tokenizer.read_bytes())
-        config = Config(model=model, data=DataConfig(tokenizer=str(output / TOKENIZER) if tokenizer else ""))
-        folder.add(CONFIG, to_yaml(config).encode())
+        config = {"model": asdict(model), "data": {"tokenizer": str(output.resolve() / TOKENIZER) if tokenizer else ""}}
+        folder.add(CONFIG, yaml.safe_dump(config, sort_keys=False).encode())
         check.wait()
-        finish_checkpoint(folder, shards)
+        finish_checkpoint(folder, shards, model)
     folder.finish(output)
 
 

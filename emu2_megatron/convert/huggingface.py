@@ -96,7 +96,7 @@ def model_of(path: Path) -> ModelConfig:
         ConversionError: the file is missing, lacks a key, or describes a model that is built differently.
     """
     try:
-        content = json.loads(path.readto_text())
+        content = json.loads(path.read_text())
         vision = content["vision_config"]
         decoder = DecoderConfig(**{name: content[key] for key, name in _DECODER.items()})
         heads = vision["width"] // vision["head_width"]

@@ -19,9 +19,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -156,7 +158,22 @@ FORMAT = Format(_begin, _write)
 """`.distcp` files."""
 
 
-def finish_checkpoint(folder: Folder, shards: Sequence[Shard]) -> None:
+_EXTRA_STATES = ("self_attention.core_attention", "self_attention.linear_qkv", "self_attention.linear_proj",
+                 "mlp.linear_fc1", "mlp.linear_fc2")  # fmt: skip
+"""Modules of a layer for which megatron-core wants to find Transformer Engine's state (scales of FP8), if only None."""
+
+
+_EXTRA_FILE = "__0_extra.distcp"
+
+
+class _Table(FileSystemWriter):
+    """Writes `.metadata`, with names alone: a path is an object that the engine's reader refuses."""
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()
+
+
+def finish_checkpoint(folder: Folder, shards: Sequence[Shard], model: ModelConfig) -> None:
     """Write what makes a checkpoint of `.distcp` files: the table of contents, and what megatron-core and the trainer
     want to find beside it. The checkpoint is at step 0, at the beginning of the data."""
     contents: dict[str, Any] = {}
@@ -170,8 +187,16 @@ def finish_checkpoint(folder: Folder, shards: Sequence[Shard]) -> None:
             contents[output.name] = TensorStorageMetadata(properties, size, [ChunkStorageMetadata(origin, size)])
             index = MetadataIndex(output.name, origin)
             results.append(WriteResult(index, length, _StorageInfo(shard.name, start, length)))
-    writer = FileSystemWriter(folder.path)
-    writer.finish(Metadata(contents), [results])
+    nothing = io.BytesIO()
+    torch.save([None], nothing)
+    folder.add(_EXTRA_FILE, nothing.getvalue())
+    modules = [f"decoder.layers.{i}.{name}" for i in range(model.decoder.num_layers) for name in _EXTRA_STATES]
+    for module in [*modules, "output_layer"]:
+        name = f"{module}._extra_state/shard_0_1"
+        contents[name] = BytesStorageMetadata()
+        length = len(nothing.getvalue())
+        results.append(WriteResult(MetadataIndex(name), length, _StorageInfo(_EXTRA_FILE, 0, length)))
+    _Table(folder.path).finish(Metadata(contents), [results])
     save_config(CheckpointingConfig("torch_dist", 1), str(folder.path))
     buffer = io.BytesIO()
     torch.save({}, buffer)
