@@ -24,67 +24,36 @@ CONFIG = "config.yaml"
 """The model and its tokenizer, in the checkpoint's folder, for `--config`."""
 
 
-def from_hf(
-    path: Path,
-    output: Path,
-    model: ModelConfig | None = None,
-    tokenizer: Path | None = None,
-    dtype: torch.dtype | None = None,
-    shard_size: int = SHARD_SIZE,
-) -> ModelConfig:
-    """Write a checkpoint of a released folder (base, Chat, Gen or its encoder), an export, or a native file.
-
-    An interrupted call is continued by the next one with the same arguments.
+def whole(path: Path, model: ModelConfig | None = None) -> Released:
+    """A released folder (base, Chat, Gen or its encoder), an export, or a native file.
 
     Args:
         path: folder or file.
-        output: the checkpoint's folder, to be made.
         model: None takes it from the folder's `config.json`.
-        tokenizer: SentencePiece file; None takes the folder's, if it has one.
-        dtype: of all tensors; None leaves them as they are. A run loads any dtype.
-        shard_size: bytes of tensors in a file, at most, unless a single tensor has more.
-
-    Returns:
-        The model.
 
     Raises:
-        ConversionError: something is missing, damaged or too many, or does not fit, or the disk is full.
+        ConversionError: something is missing, damaged or too many, or does not fit the model.
     """
     folder = path / "multimodal_encoder" if (path / "multimodal_encoder").is_dir() else path
     model = model or huggingface.model_of((folder if folder.is_dir() else folder.parent) / "config.json")
-    candidates = (folder / TOKENIZER, path / "tokenizer" / TOKENIZER, folder.parent / TOKENIZER)
-    tokenizer = tokenizer or next(filter(Path.is_file, candidates if path.is_dir() else ()), None)
-    source = open_source(folder, sources.emu2_names)
-    _write(output, Released(model, [source]), tokenizer, dtype, shard_size)
-    return model
+    return Released(model, [open_source(folder, sources.emu2_names)])
 
 
-def from_parts(
-    decoder: Path,
-    encoder: Path,
-    output: Path,
-    model: ModelConfig,
-    seed: int,
-    tokenizer: Path | None = None,
-    dtype: torch.dtype | None = None,
-    shard_size: int = SHARD_SIZE,
-) -> None:
-    """Write the checkpoint that the paper's first stage starts from.
+def parts(decoder: Path, encoder: Path, model: ModelConfig, seed: int) -> Released:
+    """What the paper's first stage starts from.
 
     The decoder's vocabulary grows by the added tokens, whose rows become the mean of the others, as in Emu1 (for Emu2
     nothing is published). The encoder's position table is resized to `model.encoder.image_size`. The projections are
-    random, as a run with this seed would make them.
+    random, as a run with this seed would make them, in the decoder's dtype.
 
     Args:
         decoder: Hugging Face folder of LLaMA-33B, or a file.
         encoder: file or folder of EVA-02-CLIP-E-plus.
-        output, tokenizer, shard_size: as in `from_hf`; the tokenizer is looked for in the decoder's folder.
         model: what they become together.
         seed: training.seed.
-        dtype: of all tensors; None leaves them as they are, and gives the projections the decoder's.
 
     Raises:
-        ConversionError: as `from_hf`.
+        ConversionError: as `whole`.
     """
     llama = open_source(decoder, sources.llama_names, grows=True)
     eva = open_source(encoder, sources.eva_names, resizes=True)
@@ -92,19 +61,42 @@ def from_parts(
     norm = f"{sources.LM}model.norm.weight"
     own = llama.places[norm].dtype if norm in llama.places else torch.float32
     made = {name: random(name).to(own) for name in ("project_up.weight", "project_down.weight")}
-    if tokenizer is None and (decoder / TOKENIZER).is_file():
-        tokenizer = decoder / TOKENIZER
-    _write(output, Released(model, [llama, eva], made), tokenizer, dtype, shard_size)
+    return Released(model, [llama, eva], made)
 
 
-def _write(
-    output: Path, released: Released, tokenizer: Path | None, dtype: torch.dtype | None, shard_size: int
+def find_tokenizer(path: Path) -> Path | None:
+    """The SentencePiece file of a folder (of Emu2-Gen, or its encoder's: beside it), if it has one."""
+    folders = (path, path / "tokenizer", path.parent / "tokenizer") if path.is_dir() else (path.parent,)
+    return next(filter(Path.is_file, (folder / TOKENIZER for folder in folders)), None)
+
+
+def write(
+    released: Released,
+    output: Path,
+    tokenizer: Path | None,
+    dtype: torch.dtype | None = None,
+    shard_size: int = SHARD_SIZE,
 ) -> None:
+    """Write a checkpoint of released tensors.
+
+    An interrupted call is continued by the next one with the same arguments. Two tensors of a checkpoint, and what they
+    are made of, are in memory at a time.
+
+    Args:
+        released: of `whole` or `parts`.
+        output: the checkpoint's folder, to be made.
+        tokenizer: SentencePiece file, for the checkpoint to bring along.
+        dtype: of all tensors; None leaves them as they are. A run loads any dtype.
+        shard_size: bytes of tensors in a file, at most, unless a single tensor has more.
+
+    Raises:
+        ConversionError: the tokenizer does not fit, a file is damaged, or the disk is full.
+    """
     model = huggingface.named(released.model)
     if tokenizer is not None:
         huggingface.open_tokenizer(tokenizer, model, released=True)
     units = import_units(released, dtype)
-    shards = [Shard(f"__0_{i}.distcp", units) for i, units in enumerate(group(units, shard_size))]
+    shards = [Shard(f"__0_{i}.distcp", part) for i, part in enumerate(group(units, shard_size))]
     files = [file for source in released.sources for file in source.files()]
     folder = open_folder(output, identity("from-hf", files, shards), sum(unit.nbytes for unit in units))
     with Check(files) as check:

@@ -150,7 +150,7 @@ def open_tokenizer(path: Path, model: ModelConfig, released: bool) -> tuple[Toke
                 _is_llamas(path)
             return tokenizer, tokenizer is both[1]
     raise ConversionError(
-        f"{path}: {both[0].vocab_size} tokens ({both[1].vocab_size} with Chat's two), but the vocabulary has {rows} rows: "
+        f"{path}: {both[0].vocab_size} tokens ({both[1].vocab_size} with Chat's two), the vocabulary has {rows} rows: "
         "give the tokenizer that the model was trained with as --tokenizer"
     )
 
@@ -159,8 +159,8 @@ def _is_llamas(path: Path) -> None:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != LLAMA_SHA256:
         raise ConversionError(
-            f"{path} is not LLaMA's tokenizer.model: its SHA-256 is {found[:12]}..., LLaMA's {LLAMA_SHA256[:12]}..., and "
-            "the rows of the weights belong to LLaMA's pieces; give LLaMA's as --tokenizer"
+            f"{path} is not LLaMA's tokenizer.model: its SHA-256 is {found[:12]}..., LLaMA's {LLAMA_SHA256[:12]}..., "
+            "and the rows of the weights belong to LLaMA's pieces; give LLaMA's as --tokenizer"
         )
 
 
@@ -309,7 +309,8 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dty
 inputs = model.build_input_ids(["{prompt}"], tokenizer, image=[Image.open("picture.jpg")])
 print(tokenizer.batch_decode(model.generate(**inputs, max_new_tokens=64), skip_special_tokens=True))
 
-embeddings = model.generate_image(["An oil painting of a dog"], tokenizer)  # [1, {model.image_queries}, {model.encoder.hidden_size}]
+embeddings = model.generate_image(["An oil painting of a dog"], tokenizer)
+print(embeddings.shape)  # [1, {model.image_queries}, {model.encoder.hidden_size}]
 ```
 
 `conversion.json` has the SHA-256 of every file.

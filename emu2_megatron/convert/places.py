@@ -90,7 +90,7 @@ def read(place: Place, into: Tensor) -> Tensor:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def safetensors_places(path: Path) -> dict[str, Place]:
@@ -133,7 +133,7 @@ def torch_places(path: Path, offset: int = 0, length: int | None = None) -> dict
         with path.open("rb") as file:
             view = _Part(file, offset, path.stat().st_size - offset if length is None else length)
             with FakeTensorMode():  # reads names, shapes and where the bytes are, and no bytes
-                contents = torch.load(view, weights_only=True)
+                contents = torch.load(view, weights_only=True)  # type: ignore[arg-type]
     except Exception as error:  # a damaged file raises nearly anything
         raise ConversionError(f"{path} is no whole file of tensors that torch wrote ({_short(error)})") from error
     places = {}
@@ -141,7 +141,7 @@ def torch_places(path: Path, offset: int = 0, length: int | None = None) -> dict
         start = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
         if start is None or not tensor.is_contiguous():
             raise ConversionError(
-                f"{path}: {name or 'a tensor'} is not contiguous, or stored as torch did before 1.6: load and save it anew"
+                f"{path}: {name or 'a tensor'} is not contiguous, or stored as torch before 1.6: load and save it anew"
             )
         start += offset + tensor.storage_offset() * tensor.itemsize
         places[name] = Place(path, start, tensor.dtype, tuple(tensor.shape))

@@ -209,7 +209,7 @@ class Folder:
         entry = self.manifest["files"].get(name)
         if entry is None or not (self.path / name).is_file():
             return False
-        return sha256(self.path / name) == entry["sha256"]
+        return sha256(self.path / name) == str(entry["sha256"])
 
     def _finish(
         self, name: str, file: HashingFile, write: Callable[[HashingFile], Any], holds: dict[str, Any] | None = None

@@ -2,7 +2,7 @@
 
 | source | names | what is passed over |
 |---|---|---|
-| released Hugging Face folder (base, Chat, Gen's `multimodal_encoder`) | `model.visual.*`, `model.decoder.lm.*` | rotary frequencies |
+| released folder (base, Chat, Gen's encoder) | `model.visual.*`, `model.decoder.lm.*` | rotary frequencies |
 | native file | `visual.*`, `decoder.lm.*` (Gen: below `multimodal_encoder.`) | Gen's UNet, VAE, safety checker |
 | EVA-02-CLIP-E-plus | `visual.*` | text tower, final norm, head |
 | LLaMA folder | `model.layers.*`, `lm_head.weight` | rotary frequencies |
@@ -107,12 +107,16 @@ def _files(path: Path) -> dict[Path, list[str]]:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConversionError(f"{index} is no index of shards: copy it again") from error
         if missing := [shard for shard in shards if not shard.is_file()]:
-            raise ConversionError(f"{missing[0]} is missing, {index.name} lists it ({len(missing)} of {len(shards)} shards)")
+            raise ConversionError(
+                f"{missing[0]} is missing, {index.name} lists it ({len(missing)} of {len(shards)} shards)"
+            )
         return shards
     for pattern in ("*.safetensors", "*.bin", "*.pt", "*.pth"):
         if found := sorted(path.glob(pattern)):
             if len(found) > 1:
-                raise ConversionError(f"{path} has {len(found)} files {pattern} and no index: give one of them, or add the index")
+                raise ConversionError(
+                    f"{path} has {len(found)} files {pattern} and no index: give one of them, or add the index"
+                )
             return {found[0]: []}
     raise ConversionError(f"{path} has no weights (*.safetensors, *.bin, *.pt, *.pth)")
 
@@ -143,13 +147,17 @@ class Released:
             fused = self._fused[native][0]
             found = [(s, name) for s in self.sources for name in dict.fromkeys((native, fused)) if name in s.places]
             if not found:
-                raise ConversionError(f"{self.sources[0].what if len(self.sources) == 1 else 'the sources'}: {native} is missing")
+                raise ConversionError(
+                    f"{self.sources[0].what if len(self.sources) == 1 else 'the sources'}: {native} is missing"
+                )
             self._where[native] = found[0]
             used.add((found[0][0].what, found[0][1]))
         for source in self.sources:
             if surplus := [name for name in source.places if (source.what, name) not in used]:
                 file = source.places[surplus[0]].path
-                raise ConversionError(f"{file}: {surplus[0]} is too many ({len(surplus)} in all): the model has no place for it")
+                raise ConversionError(
+                    f"{file}: {surplus[0]} is too many ({len(surplus)} in all): the model has no place for it"
+                )
         for native in self.shapes:
             self.dtype(native)
             self._check_shape(native)
@@ -195,7 +203,9 @@ class Released:
             )
         if native == _POSITIONS and source.resizes and found[2:] == wanted[2:] and _is_square(found[1] - 1):
             return
-        raise ConversionError(f"{place.path}: {name} has shape {list(place.shape)}, the model wants {list(wanted)} of {native}")
+        raise ConversionError(
+            f"{place.path}: {name} has shape {list(place.shape)}, the model wants {list(wanted)} of {native}"
+        )
 
 
 def _is_square(n: int) -> bool:

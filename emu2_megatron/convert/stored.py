@@ -12,12 +12,10 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import emu2_megatron.platform.device  # noqa: F401  (before megatron-core: see its docstring)
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -32,7 +30,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from emu2_megatron.checkpoint import metadata
 from emu2_megatron.checkpoint.save import TRAINER
 from emu2_megatron.config.schema import ModelConfig
-from emu2_megatron.convert.places import Place, Scratch, read, torch_places
+from emu2_megatron.convert.places import Scratch, read, torch_places
 from emu2_megatron.convert.shards import Folder, Format, HashingFile, Shard, Unit
 from emu2_megatron.errors import ConversionError
 from emu2_megatron.model.parameters import VOCABULARY, stored_parameters, stored_shapes
@@ -71,7 +69,9 @@ class Checkpoint:
         for piece in self.pieces[name]:
             place = torch_places(piece.file, piece.start, piece.length).get("")
             if place is None or place.shape != piece.sizes or place.dtype is not self.dtypes[name]:
-                raise ConversionError(f"{piece.file} does not hold the piece of {name} that .metadata says: copy it again")
+                raise ConversionError(
+                    f"{piece.file} does not hold the piece of {name} that .metadata says: copy it again"
+                )
             part = whole[tuple(slice(o, o + s) for o, s in zip(piece.offsets, piece.sizes, strict=True))]
             if part.is_contiguous():
                 read(place, part)
@@ -88,15 +88,23 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         ConversionError: the checkpoint is not complete: it was not finished, or a file or piece is missing.
     """
     if not (folder / TRAINER).is_file():
-        raise ConversionError(f"{folder} is not a complete checkpoint: it has no {TRAINER}; give a folder such as step_00000400")
+        raise ConversionError(
+            f"{folder} is not a complete checkpoint: it has no {TRAINER}; give a folder such as step_00000400"
+        )
     table = metadata.read(folder)
-    tensors = {name: entry for name, entry in table.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
-    where = {(index.fqn, tuple(index.offset)): info for index, info in table.storage_data.items() if index.offset is not None}
+    tensors = {
+        name: entry for name, entry in table.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
+    }
+    where = {
+        (index.fqn, tuple(index.offset)): info for index, info in table.storage_data.items() if index.offset is not None
+    }
     pieces: dict[str, list[_Piece]] = {}
     for name, entry in tensors.items():
         pieces[name] = [_piece(folder, name, chunk, where.get((name, tuple(chunk.offsets)))) for chunk in entry.chunks]
         if sum(prod(piece.sizes) for piece in pieces[name]) != prod(entry.size):
-            raise ConversionError(f"{folder}: the pieces of {name} do not make up the whole of it; copy the checkpoint again")
+            raise ConversionError(
+                f"{folder}: the pieces of {name} do not make up the whole of it; copy the checkpoint again"
+            )
     return Checkpoint(
         folder,
         {name: tuple(entry.size) for name, entry in tensors.items()},

@@ -134,7 +134,8 @@ def stored_parameters(model: ModelConfig) -> dict[str, tuple[Rule, tuple[str, ..
     the vocabulary. In the order of the released modules.
     """
     order = {name: place for place, name in enumerate(released_shapes(model))}
-    stored = {name: (REPLICATED, (name,)) for name in order if name.startswith("visual.")}
+    stored: dict[str, tuple[Rule, tuple[str, ...]]] = {}
+    stored |= {name: (REPLICATED, (name,)) for name in order if name.startswith("visual.")}
     for key, (rule, names) in RULES.items():
         if key not in STORED_NAMES and any("{layer}" in name for name in names):
             for i in range(model.decoder.num_layers):
@@ -175,7 +176,7 @@ def _rotary_frequencies(model: ModelConfig) -> Tensor:
 
 
 AS_IT_IS = HfRule(lambda m, native: native[0], lambda m, hf: [hf])
-# Keys have no bias. One that someone trained all the same moves all scores of a query alike, which softmax does not see.
+# Keys have no bias. One that was trained all the same moves all scores of a query alike, which softmax does not see.
 QKV_BIAS = HfRule(
     lambda m, native: torch.cat([native[0], torch.zeros_like(native[0]), native[1]]),
     lambda m, hf: [hf.chunk(3)[0], hf.chunk(3)[2]],

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import LlamaConfig, PretrainedConfig
 
 
-class EmuConfig(PretrainedConfig):  # type: ignore[misc]
+class EmuConfig(PretrainedConfig):
     """Sizes of the decoder, of the visual encoder (`vision_config`), and token ids.
 
     `vision_config` has `image_size`, `patch_size`, `layers`, `width`, `head_width`, `intermediate_size`,
@@ -50,9 +50,7 @@ class EmuConfig(PretrainedConfig):  # type: ignore[misc]
         }  # fmt: skip
         self.model_version = model_version
         kwargs.pop("rope_scaling", None)  # always null; transformers 5 has another name for it
-        super().__init__(
-            pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs
-        )
+        super().__init__(pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs)
 
     # The added tokens follow the SentencePiece pieces in the released order, [PAD] first.
 

@@ -130,7 +130,7 @@ class EmuModel(nn.Module):
         self.decoder = EmuDecoder(config)
 
 
-class EmuForCausalLM(PreTrainedModel):  # type: ignore[misc]
+class EmuForCausalLM(PreTrainedModel):
     """Emu2 with its two projections: of visual embeddings into the decoder, and of its hidden states back."""
 
     config_class = EmuConfig
@@ -190,8 +190,8 @@ class EmuForCausalLM(PreTrainedModel):  # type: ignore[misc]
         """Prompts to what `generate` takes.
 
         Args:
-            text: prompts. `[<IMG_PLH>]` stands for a picture; a video is `[VIDEO]` and `[<VID_PLH>]` for every frame. For a
-                chat model each is a question, unless it is a whole conversation of `format_chat`.
+            text: prompts. `[<IMG_PLH>]` stands for a picture; a video is `[VIDEO]` and `[<VID_PLH>]` for every frame.
+                For a chat model each is a question, unless it is a whole conversation of `format_chat`.
             tokenizer: the folder's.
             image, video: pictures and frames in the order of their placeholders, over all prompts; PIL or normalised.
             system_msg: stands before a question to a chat model.
@@ -229,7 +229,7 @@ class EmuForCausalLM(PreTrainedModel):  # type: ignore[misc]
         return pooled.contiguous()
 
     def embed(self, input_ids: Tensor, image: Tensor | None = None, video: Tensor | None = None) -> Tensor:
-        """What the decoder reads, [B, S, D]: tokens' embeddings, and at `<image>` and `[gIMG]` those of the pictures."""
+        """What the decoder reads, [B, S, D]: embeddings of tokens, at `<image>` and `[gIMG]` of pictures."""
         hidden_BSD: Tensor = self.model.decoder.lm.model.embed_tokens(input_ids).clone()
         for pixels, queries, token in (
             (image, self.n_query, self.config.image_token_id),
@@ -238,7 +238,9 @@ class EmuForCausalLM(PreTrainedModel):  # type: ignore[misc]
             at = input_ids == token
             wanted = 0 if pixels is None else len(pixels) * queries
             if int(at.sum()) != wanted:
-                raise ValueError(f"{wanted} visual embeddings for {int(at.sum())} places (token {token}) in the prompts")
+                raise ValueError(
+                    f"{wanted} visual embeddings for {int(at.sum())} places (token {token}) in the prompts"
+                )
             if pixels is not None:
                 rows = self.project_up(self.encode_image(pixels, queries).flatten(0, 1))
                 hidden_BSD[at] = rows.to(hidden_BSD.dtype)
@@ -263,7 +265,10 @@ class EmuForCausalLM(PreTrainedModel):  # type: ignore[misc]
             inputs_embeds = self.embed(input_ids, image, video)
         if attention_mask is not None and "position_ids" not in kwargs:
             kwargs["position_ids"] = _positions(attention_mask)[:, -inputs_embeds.shape[1] :]
-        return self.model.decoder.lm(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+        out: CausalLMOutputWithPast = self.model.decoder.lm(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
+        )
+        return out
 
     @torch.no_grad()
     def generate(
