@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -184,6 +183,8 @@ class _Table(FileSystemWriter):
 def finish_checkpoint(folder: Folder, shards: Sequence[Shard], model: ModelConfig) -> None:
     """Write what makes a checkpoint of `.distcp` files: the table of contents, and what megatron-core and the trainer
     want to find beside it. The checkpoint is at step 0, at the beginning of the data."""
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config  # an export does without
+
     contents: dict[str, Any] = {}
     results: list[WriteResult] = []
     places = folder.remembered()
