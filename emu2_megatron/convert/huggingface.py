@@ -81,7 +81,6 @@ def config_json(model: ModelConfig, dtype: torch.dtype, chat: bool, pad_token: i
         "model_version": "chat" if chat else "base",
         "num_key_value_heads": decoder.num_attention_heads,
         "pretraining_tp": 1,
-        "rope_scaling": None,
         "tie_word_embeddings": False,
         "torch_dtype": _TORCH_DTYPES[dtype],
         "use_cache": True,
