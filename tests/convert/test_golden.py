@@ -57,9 +57,7 @@ def _model(meta: dict[str, Any]) -> ModelConfig:
         ffn_hidden_size=meta["intermediate_size"], vocab_size=meta["vocab_size"],
         layernorm_epsilon=meta["rms_norm_eps"], rotary_base=meta["rope_theta"],
     )  # fmt: skip
-    return ModelConfig(
-        encoder=encoder, decoder=decoder, image_queries=meta["n_query"], frame_queries=meta["v_query"]
-    )
+    return ModelConfig(encoder=encoder, decoder=decoder, image_queries=meta["n_query"], frame_queries=meta["v_query"])
 
 
 @pytest.fixture(scope="module", params=["base", "chat"])

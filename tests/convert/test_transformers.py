@@ -98,7 +98,17 @@ def test_plain_transformers(exported: Path, tmp_path: Path) -> None:
     assert (found["drawn"][0] - wanted).abs().max() < 1e-4 * max(1.0, float(wanted.abs().max()))
 
 
-TEXTS = ["hello", " hello", "  two  spaces ", "", "[IMG]x[/IMG] y", "a[IMG] b", "línea\nnueva 語 🙂", "</s>after", "[USER]: hi"]
+TEXTS = [
+    "hello",
+    " hello",
+    "  two  spaces ",
+    "",
+    "[IMG]x[/IMG] y",
+    "a[IMG] b",
+    "línea\nnueva 語 🙂",
+    "</s>after",
+    "[USER]: hi",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)
