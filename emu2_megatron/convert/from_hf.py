@@ -122,7 +122,7 @@ def import_units(released: Released, dtype: torch.dtype | None) -> list[Unit]:
     shapes = stored_shapes(model)
     for name, (rule, natives) in stored_parameters(model).items():
         found = {released.dtype(native) for native in natives}
-        if len(found) > 1:
+        if dtype is None and len(found) > 1:
             raise ConversionError(f"{', '.join(natives)} are of several dtypes and become one tensor: give --dtype")
         wanted = dtype or found.pop()
         units.append(Unit((Output(name, shapes[name], wanted),), partial(make, rule, natives, wanted)))

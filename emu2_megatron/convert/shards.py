@@ -144,6 +144,8 @@ class Folder:
     path: Path
     """`<output>.unfinished`."""
     manifest: dict[str, Any] = field(default_factory=dict)
+    scratches: tuple[Scratch, Scratch] = field(default_factory=lambda: (Scratch(), Scratch()))
+    """One for the unit being made, one for the unit being written."""
 
     def add(self, name: str, content: bytes) -> None:
         """Write a small file."""
@@ -157,12 +159,11 @@ class Folder:
                 after_unit(unit)
             return
         remembered: dict[str, Any] = {}
-        scratches = Scratch(), Scratch()
 
         def write(file: HashingFile) -> None:
             writing: Future[dict[str, Any]] | None = None
             for number, unit in enumerate(shard.units):
-                scratch = scratches[number % 2]
+                scratch = self.scratches[number % 2]
                 scratch.reset()
                 tensors = unit.make(scratch)
                 for output, tensor in zip(unit.outputs, tensors, strict=True):

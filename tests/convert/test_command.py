@@ -73,6 +73,7 @@ def test_sizes() -> None:
 @pytest.mark.slow
 def test_tools(exported: Path, tmp_path: Path) -> None:
     """As programs, verified, without a word of other libraries' on the way."""
+    environment = {"PYTHONPATH": str(ROOT)}
     for tool, arguments in (
         ("convert_from_hf.py", ["--input", str(exported / "hf"), "--output", str(tmp_path / "checkpoint")]),
         (
@@ -80,10 +81,12 @@ def test_tools(exported: Path, tmp_path: Path) -> None:
             ["--checkpoint", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "hf"), "--verify"],
         ),
     ):
-        done = subprocess.run([sys.executable, str(ROOT / "tools" / tool), *arguments], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "tools" / tool), *arguments], capture_output=True, text=True, env=environment
+        )
         assert done.returncode == 0, done.stderr
         assert "megatron" not in done.stderr
     assert "every bit are right" in done.stdout and "logits: largest difference" in done.stdout
     wrong = [sys.executable, str(ROOT / "tools" / "convert_to_hf.py"), "--checkpoint", "x", "--output", "y"]
-    done = subprocess.run(wrong, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(wrong, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 2 and done.stderr.startswith("error: --config: ")

@@ -215,7 +215,9 @@ def peak():  # of this program: what exec inherits from the parent's resource us
 size = 40_000_000
 from emu2_megatron.convert.stored import open_checkpoint
 import megatron.core.dist_checkpointing.core
-warm = torch.ones(1000, 1000).bfloat16().float() @ torch.ones(1000, 1000)
+from emu2_megatron.convert.places import torch_places
+torch.save(torch.ones(2), root / "warm")
+torch_places(root / "warm")  # loads what reads tables of contents
 before = peak()
 if sys.argv[1] == "import":
     from_hf.write(from_hf.whole(root / "native.safetensors", model), root / "checkpoint", None, None, size)

@@ -27,14 +27,14 @@ def copy_without_manifest(exported: Path, tmp_path: Path) -> Path:
 def test_both_directions(exported: Path) -> None:
     pytest.importorskip("transformers")
     lines = verify.verify_export(exported / "hf", exported / "checkpoint", MODEL, None)
-    assert lines[0].startswith("55 tensors of ") and len(lines) == 4
+    assert lines[0].startswith("53 tensors of ") and len(lines) == 4
     lines = verify.verify_import(exported / "checkpoint", from_hf.whole(exported / "native.safetensors", MODEL))
-    assert lines[0].startswith("45 tensors of ") and len(lines) == 4
+    assert lines[0].startswith("47 tensors of ") and len(lines) == 4
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    ("number", "has not the numbers of decoder.lm.model.layers.0.mlp.gate_proj.weight"),
-    ("missing", "is missing (1 of 55 tensors)"),
+    ("number", "linear_fc1.weight is not made of the same numbers as decoder.lm.model.layers.0.mlp.gate_proj.weight"),
+    ("missing", "is missing (1 of 53 tensors)"),
     ("surplus", "more is too many (1 in all)"),
     ("dtype", "torch.float16 [128], should be torch.float32 [128]"),
     ("shape", "[2, 64], should be torch.float32 [128]"),
@@ -71,7 +71,7 @@ def test_other_outputs_are_found(exported: Path, monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(modeling_emu.Mlp, "forward", lambda self, x: self.fc2(torch.relu(self.fc1(x))))
     released = from_hf.whole(exported / "native.safetensors", MODEL)
-    with pytest.raises(ConversionError, match="visual features: both models differ by"):
+    with pytest.raises(ConversionError, match="visual features of both models differ by"):
         verify.compare_outputs(released, open_checkpoint(exported / "checkpoint"), None)
 
 
