@@ -180,21 +180,23 @@ def _engine_outputs(
     from emu2_megatron.model.decoder import DecoderStage, MicroBatch, transformer_config
     from emu2_megatron.parallel import topology
     from emu2_megatron.parallel.wrap import build_encoder
+    from emu2_megatron.platform.device import device, to_device
 
     config = Config(model=model, training=TrainingConfig(precision="fp32"))
-    topology.start("gloo")
+    topology.start()
+    pixels, tokens_BS, visual_BS = (to_device(x) for x in (pixels, tokens_BS, visual_BS))
     try:
         topology.initialize(config)
         encoder = build_encoder(config, source)
         layers = part_layers(config)
-        stage = DecoderStage(transformer_config(config, layers), model, layers)
+        stage = DecoderStage(transformer_config(config, layers), model, layers).to(device())
         parameters.fill_decoder(stage, model, source, 0, 0, 1)
         features_RE = encoder(pixels, [model.image_queries] * len(pixels))
         hidden_SBD = stage(MicroBatch(tokens_BS, targets(tokens_BS, visual_BS.byte() * VISUAL), features_RE))
         return {
-            "visual features": features_RE,
-            "logits": stage.logits(hidden_SBD)[:, 0, : model.decoder.vocab_size],
-            "regressed embeddings": stage.project_down(hidden_SBD)[:, 0],
+            "visual features": features_RE.cpu(),
+            "logits": stage.logits(hidden_SBD)[:, 0, : model.decoder.vocab_size].cpu(),
+            "regressed embeddings": stage.project_down(hidden_SBD)[:, 0].cpu(),
         }
     finally:
         topology.stop()
