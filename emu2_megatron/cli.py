@@ -35,6 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from emu2_megatron.data import make_shards
 
             return make_shards.run(options)
+        if options.command == "convert":
+            from emu2_megatron.convert import command
+
+            return {"to-hf": command.run_to_hf, "from-hf": command.run_from_hf}[options.direction](options)
         if options.command == "data":
             return _inspect(options.config, rest, options.rows, options.output)
         return _doctor()
@@ -209,6 +213,28 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     make_shards.add_arguments(shards)
+    from emu2_megatron.convert import command
+
+    convert = commands.add_parser("convert", help="weights from and to Hugging Face folders", allow_abbrev=False)
+    directions = convert.add_subparsers(dest="direction", required=True, metavar="DIRECTION", parser_class=_Parser)
+    command.add_to_hf_arguments(
+        directions.add_parser(
+            "to-hf",
+            help="a checkpoint to a folder that transformers loads",
+            description="Write a Hugging Face folder of a checkpoint of any layout. Needs no GPU and little memory; "
+            "goes on where it was interrupted. docs/conversion.md says what is written.",
+            allow_abbrev=False,
+        )
+    )
+    command.add_from_hf_arguments(
+        directions.add_parser(
+            "from-hf",
+            help="released weights, or LLaMA and EVA-CLIP, to a checkpoint",
+            description="Write a checkpoint, which loads into any layout, of released weights of Emu2, or of the LLaMA "
+            "and EVA-CLIP that it started from. Needs no GPU and little memory; goes on where it was interrupted.",
+            allow_abbrev=False,
+        )
+    )
     data = commands.add_parser("data", help="look at the data as the model will see it", allow_abbrev=False)
     looks = data.add_subparsers(dest="look", required=True, metavar="LOOK", parser_class=_Parser)
     inspect = looks.add_parser(

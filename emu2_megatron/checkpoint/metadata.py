@@ -9,6 +9,8 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint.metadata import Metadata
+
 from emu2_megatron.errors import CheckpointError
 
 _DCP = "torch.distributed.checkpoint."
@@ -44,10 +46,22 @@ def check(folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         CheckpointError: the table is missing, damaged, or refers to something that no such table needs.
     """
+    contents = read(folder).state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in contents.items() if hasattr(entry, "size")}
+
+
+def read(folder: Path) -> Metadata:
+    """The table of contents of a checkpoint, in torch's classes: shapes and dtypes, and where the bytes are.
+
+    Raises:
+        CheckpointError: the table is missing, damaged, or refers to something that no such table needs.
+    """
     path = folder / ".metadata"
     try:
         with path.open("rb") as file:
-            contents = _Reader(file).load().state_dict_metadata
-        return {name: tuple(entry.size) for name, entry in contents.items() if hasattr(entry, "size")}
+            contents = _Reader(file).load()
+        if not isinstance(contents.state_dict_metadata, dict) or not isinstance(contents, Metadata):
+            raise TypeError("it is a " + type(contents).__name__)
+        return contents
     except Exception as error:  # a damaged pickle raises nearly anything
         raise CheckpointError(f"{path} is not a table of contents that torch wrote: {error}") from error
