@@ -6,8 +6,9 @@ its threads, and knows the checksum of what it wrote without reading it again.
 
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,7 +40,7 @@ class Writer(FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         names = [f"__{self.rank}_{number}.distcp" for number in range(THREADS)]
-        with ThreadPoolExecutor(THREADS) as pool:
+        with ThreadPoolExecutor(THREADS) as pool, _without_crc32():
             done = list(pool.map(lambda name, items: self._write(name, items, planner), names, _shared(plan.items)))
         future: Future[list[WriteResult]] = Future()
         future.set_result([result for results in done for result in results])
@@ -64,6 +65,17 @@ class Writer(FileSystemWriter):
             os.fsync(file.fileno())
         self.checksums[name] = {"bytes": stream.size, "crc32": stream.crc32}
         return results
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """torch.save's own checksum costs more than writing, and `_Summed` has one of the whole file."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 class _Summed:
