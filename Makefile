@@ -14,7 +14,7 @@ PIP := $(VENV)/bin/python -m pip --quiet --disable-pip-version-check
 PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.13 python3.14; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: help venv build demo test test-gpu compat check bench clean
+.PHONY: help venv build demo test faults test-gpu compat check bench clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -53,8 +53,11 @@ $(BUILT): setup.py $(shell find csrc -type f) $(STAMP)
 demo: $(BUILT)  ## train a tiny Emu2 on real samples, with 3D parallelism, on this machine
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash examples/demo.sh
 
-test: $(BUILT)  ## all tests that need no GPU
-	@$(VENV)/bin/pytest -q -m "not gpu"
+test: $(BUILT)  ## all tests that need no GPU, but for the long fault injections
+	@$(VENV)/bin/pytest -q -m "not gpu and not faults"
+
+faults: $(BUILT)  ## every fault injection: kills, full disks, damaged files; about ten minutes
+	@$(VENV)/bin/pytest -q tests/faults
 
 test-gpu: $(BUILT)  ## the tests that need a GPU
 	@$(VENV)/bin/pytest -q -m gpu

@@ -25,5 +25,9 @@ class ConversionError(Emu2Error):
     """Weights that do not fit the model they are meant for."""
 
 
+class PeerLost(Emu2Error):
+    """Another rank ended, or cannot be reached."""
+
+
 class TrainingDiverged(Emu2Error):
     """The loss or the gradients are no longer finite."""

@@ -5,7 +5,8 @@
         trainer.json                    written last; a folder that has it, under this name, is complete
 
 A checkpoint is written under the name `step_00000400.unfinished`, synced, and renamed. Whoever reads one holds a shared
-lock on its trainer.json, and what is being read is not deleted.
+lock on its trainer.json, and what is being read is neither deleted nor renamed. trainer.json has checksums of all other
+files and one of itself.
 """
 
 import fcntl
@@ -25,7 +26,12 @@ TRAINER = "trainer.json"
 FORMAT = 1
 """Version of what trainer.json says and of the tensors' names."""
 UNFINISHED = ".unfinished"
+ASIDE = ".aside"
+"""Ends the name of a checkpoint that a run went back behind: kept, and never resumed from."""
+_OWN = "checksum"
+"""The key in trainer.json of the CRC-32 of all the rest in it."""
 _BLOCK = 2**22
+_NAME = re.compile(r"step_\d{8,}")
 
 
 def folder(directory: str | Path, step: int) -> Path:
@@ -35,7 +41,7 @@ def folder(directory: str | Path, step: int) -> Path:
 
 def complete(directory: Path) -> list[Path]:
     """The complete checkpoints in a directory, oldest first."""
-    found = [path for path in directory.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
+    found = [path for path in directory.glob("step_*") if _NAME.fullmatch(path.name)]
     return sorted((path for path in found if (path / TRAINER).is_file()), key=step_of)
 
 
@@ -52,10 +58,7 @@ def read_trainer(path: Path) -> dict[str, Any]:
     """
     file = path / TRAINER
     if not file.is_file():
-        hint = ""
-        if inside := complete(path) if path.is_dir() else []:
-            hint = f"; one of its folders is meant, the latest is {inside[-1].name}"
-        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {TRAINER}{hint}")
+        raise CheckpointError(_incomplete(path))
     try:
         state = json.loads(file.read_text())
         missing = {"format", "step", "files", "data"} - set(state)
@@ -65,18 +68,46 @@ def read_trainer(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is damaged: it lacks {', '.join(sorted(missing))}")
     if state["format"] != FORMAT:
         raise CheckpointError(f"{file} is of format {state['format']}, this version reads {FORMAT}")
+    if state.pop(_OWN, None) != _crc(state):
+        raise CheckpointError(f"{file} is damaged: its checksum is not that of what was written")
+    if strange := [name for name in state["files"] if Path(name).name != name]:
+        raise CheckpointError(f"{file} names a file outside of its folder: {strange[0]}")
     return dict(state)
+
+
+def _incomplete(path: Path) -> str:
+    hint = ""
+    if inside := complete(path) if path.is_dir() else []:
+        hint = f"; one of its folders is meant, the latest is {inside[-1].name}"
+    return f"{path} is not a complete checkpoint: it has no {TRAINER}{hint}"
+
+
+def trainer_text(state: dict[str, Any]) -> str:
+    """What trainer.json has to contain to say `state`: all of it, and its checksum."""
+    return json.dumps({**state, _OWN: _crc(state)}, indent=1)
+
+
+def _crc(state: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(state, sort_keys=True).encode())
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Keep a checkpoint from being deleted meanwhile. Raises CheckpointError if it is gone."""
+    file = None
     try:
-        with open(path / TRAINER, "rb") as file:
-            _lock(file, fcntl.LOCK_SH)
-            yield
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {TRAINER}") from error
+        file = open(path / TRAINER, "rb")  # noqa: SIM115  (closed below, after the caller's work)
+        _lock(file, fcntl.LOCK_SH)
+        # Whoever deletes it holds the lock: when that is had at last, the file may be another one, or none.
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path / TRAINER)):
+            raise FileNotFoundError
+    except OSError as error:
+        if file:
+            file.close()
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        raise CheckpointError(_incomplete(path) if missing else f"{path} cannot be read: {error}") from error
+    with file:
+        yield
 
 
 def checksum(file: Path) -> dict[str, int]:
@@ -148,15 +179,68 @@ def delete(path: Path) -> bool:
             if not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 return False
             gone = path.with_name(path.name + UNFINISHED)
+            shutil.rmtree(gone, ignore_errors=True)  # of a save that was cut off
             path.rename(gone)
+            sync(path.parent)  # a power failure must not leave the name and take files
             shutil.rmtree(gone)
     except FileNotFoundError:
         return True
     return True
 
 
+def set_aside(directory: Path, step: int) -> list[Path]:
+    """Rename the checkpoints of later steps than this one, complete or not: a run that goes on from here saves those
+    steps again.
+
+    Returns:
+        Their new names.
+
+    Raises:
+        CheckpointError: one of them is being read.
+    """
+    moved = []
+    later = [path for path in directory.glob("step_*") if _NAME.fullmatch(path.name) and step_of(path) > step]
+    if being_read := [path for path in later if _is_read(path)]:
+        raise CheckpointError(f"{being_read[0]} is in the way and is being read: try again later, or move it elsewhere")
+    for path in sorted(later, key=step_of):
+        number = 0
+        while (aside := path.with_name(f"{path.name}{ASIDE}{number or ''}")).exists():
+            number += 1
+        path.rename(aside)
+        moved.append(aside)
+    return moved
+
+
+def _is_read(path: Path) -> bool:
+    """Whether somebody holds the lock of a checkpoint, as far as the file system knows."""
+    try:
+        with open(path / TRAINER, "rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no file to lock, or no locks
+        return False
+    return False
+
+
+def remove_leftovers(directory: Path) -> list[str]:
+    """Delete what interrupted saves and deletions left; only for the one run that uses the directory.
+
+    Returns:
+        The names of what is gone.
+    """
+    found = sorted(directory.glob("step_*" + UNFINISHED))
+    for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+    return [path.name for path in found if not path.exists()]
+
+
 def _finite(path: Path) -> bool:
-    return bool(read_trainer(path).get("finite"))
+    """Whether it can be read and says that all its numbers are finite."""
+    try:
+        return bool(read_trainer(path).get("finite"))
+    except CheckpointError:
+        return False
 
 
 def _lock(file: IO[bytes], how: int) -> bool:

@@ -1,15 +1,16 @@
 """Reading a checkpoint into any layout."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_loader
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
 
 from emu2_megatron.checkpoint import adam, files, metadata
 from emu2_megatron.checkpoint.pieces import Reading
@@ -21,6 +22,7 @@ from emu2_megatron.parallel.wrap import Engine
 _POSITIONS = "visual.pos_embed"
 """The one tensor whose shape depends on the size of pictures."""
 _MASTER = "optimizer.param."
+T = TypeVar("T")
 
 
 def load_weights(path: str | Path, engine: Engine) -> dict[str, Any]:
@@ -33,13 +35,12 @@ def load_weights(path: str | Path, engine: Engine) -> dict[str, Any]:
         What its trainer.json says.
 
     Raises:
-        CheckpointError: the folder is missing, incomplete or damaged, or its tensors are not this model's.
+        CheckpointError: the folder is missing, incomplete or damaged, its tensors are not this model's, or have numbers
+            that are not finite.
     """
     path = Path(path)
-    with files.reading(path):
-        trainer = files.read_trainer(path)
-        check_files(path, trainer["files"])
-        _load_weights(path, engine)
+    with _reading(path) as (trainer, contents):
+        _load_weights(path, engine, contents)
     engine.optimizer.reload_model_params()
     return trainer
 
@@ -50,10 +51,8 @@ def load(path: str | Path, engine: Engine) -> dict[str, Any]:
     A checkpoint without an optimizer's state (a converted one) is refused.
     """
     path = Path(path)
-    with files.reading(path):
-        trainer = files.read_trainer(path)
-        check_files(path, trainer["files"])
-        shapes = _load_weights(path, engine)
+    with _reading(path) as (trainer, contents):
+        shapes = _load_weights(path, engine, contents)
         if not any(name.startswith("optimizer.") for name in shapes):
             raise CheckpointError(
                 f"{path} has weights alone, no optimizer's state: nothing to resume; start from it with "
@@ -69,7 +68,7 @@ def load(path: str | Path, engine: Engine) -> dict[str, Any]:
             if pieces.dtype is torch.float32 and _MASTER + name in shapes
         }
         random = {name: pieces for name, pieces in random_states(engine).items() if name in shapes}
-        _read(path, {**state, **random})
+        _read(path, {**state, **random}, contents)
     set_random_states(random)
     adam.restore_scalars(engine, trainer["optimizer"])
     return trainer
@@ -78,16 +77,51 @@ def load(path: str | Path, engine: Engine) -> dict[str, Any]:
 def check_files(path: Path, table: dict[str, dict[str, int]]) -> None:
     """Compare all files with what was written; the ranks share the work, and all raise CheckpointError if one finds
     anything wrong."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    found: list[Any] = [None] * world_size
-    dist.all_gather_object(found, files.verify(path, table, rank, world_size))
-    if wrong := [problem for of_rank in found for problem in of_rank]:
-        raise CheckpointError("; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+    wrong = files.verify(path, table, dist.get_rank(), dist.get_world_size())
+    if wrong := [problem for of_rank in _of_all_ranks(wrong) for problem in of_rank]:
+        raise CheckpointError(_shortened(wrong))
 
 
-def _load_weights(path: Path, engine: Engine) -> dict[str, tuple[int, ...]]:
+@contextmanager
+def _reading(path: Path) -> Iterator[tuple[dict[str, Any], Metadata]]:
+    """Hold a checkpoint whose files are as they were written; gives what its trainer.json says, and its table of
+    contents. All ranks or none."""
+    held = files.reading(path)
+    _agreed(held.__enter__)
+    try:
+        trainer = _agreed(lambda: files.read_trainer(path))
+        check_files(path, trainer["files"])
+        yield trainer, _agreed(lambda: metadata.table(path, trainer["files"]))
+    finally:
+        held.__exit__(None, None, None)
+
+
+def _agreed(action: Callable[[], T]) -> T:
+    """What an action gives on this rank; if it raises CheckpointError on any, it does on all: a rank that turned to
+    another checkpoint while the others read this one would wait for them, and they for it."""
+    result, problem = None, ""
+    try:
+        result = action()
+    except CheckpointError as error:
+        problem = str(error)
+    if problems := [of_rank for of_rank in _of_all_ranks(problem) if of_rank]:
+        raise CheckpointError(problem or problems[0])
+    return result  # type: ignore[return-value]
+
+
+def _of_all_ranks(value: T) -> list[T]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def _shortened(problems: Sequence[str]) -> str:
+    return "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+
+
+def _load_weights(path: Path, engine: Engine, contents: Metadata) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of all tensors in the checkpoint."""
-    shapes = metadata.check(path)
+    shapes = metadata.shapes(contents)
     state = weights(engine)
     positions = engine.encoder.pos_embed
     table = shapes.get(_POSITIONS, ())
@@ -99,24 +133,28 @@ def _load_weights(path: Path, engine: Engine) -> dict[str, tuple[int, ...]]:
     wrong = sorted(name for name in set(state) & set(shapes) if tuple(state[name].shape) != shapes[name])
     if missing or wrong:
         raise CheckpointError(f"{path} cannot be loaded into this model: {_listed(missing, wrong, state, shapes)}")
-    _read(path, state)
+    _read(path, state, contents)
     if resizes:
         (stored,) = state[_POSITIONS].boxes.values()
         positions.data.copy_(resize_positions(stored, positions.shape[1] - 1))
     return shapes
 
 
-def _read(path: Path, state: State) -> None:
+def _read(path: Path, state: State, contents: Metadata) -> None:
     try:
-        state_dict_loader.load(state, storage_reader=FileSystemReader(path), planner=Reading())
-    except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
-        raise CheckpointError(f"{path} cannot be loaded into this model: {error}") from error
+        state_dict_loader.load(state, storage_reader=metadata.Reader(path, contents), planner=Reading())
+    except CheckpointException as error:  # no Exception: what a rank's reading failed by, on all ranks alike
+        rank, (first, _) = min(error.failures.items())
+        raise CheckpointError(f"{path} cannot be loaded into this model: rank {rank}: {first}") from error
+    bad = {name for name, pieces in state.items() if not pieces.finite}
+    if bad := set().union(*_of_all_ranks(bad)):
+        raise CheckpointError(f"{path} has numbers that are not finite: in {_shortened(sorted(bad))}")
 
 
 def _listed(missing: Sequence[str], wrong: Sequence[str], state: State, shapes: dict[str, tuple[int, ...]]) -> str:
     lines = [f"{name} has shape {list(shapes[name])}, the model wants {list(state[name].shape)}" for name in wrong]
     lines += [f"it has no {name}" for name in missing]
-    return "; ".join(lines[:3]) + (f"; and {len(lines) - 3} more" if len(lines) > 3 else "")
+    return _shortened(lines)
 
 
 def _wanted(name: str, shapes: dict[str, tuple[int, ...]]) -> bool:

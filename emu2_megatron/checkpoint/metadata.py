@@ -1,15 +1,17 @@
 """Checks a checkpoint's table of contents before torch reads it.
 
 torch.distributed.checkpoint keeps that table (`.metadata`) as a pickle and loads it without restriction, so a
-checkpoint from elsewhere could run any code. `check` reads the same bytes first with an unpickler that knows only the
-classes such a table is made of. The tensors themselves and `common.pt` are read by torch with `weights_only=True`.
+checkpoint from elsewhere could run any code. `Reader` is torch's reader of checkpoints with an unpickler that knows
+only the classes such a table is made of. The tensors themselves are read by torch with `weights_only=True`.
 """
 
 import pickle
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from emu2_megatron.errors import CheckpointError
 
@@ -30,7 +32,19 @@ ALLOWED = {
 """(module, name) of everything a table of contents may refer to."""
 
 
-class _Reader(pickle.Unpickler):
+class Reader(FileSystemReader):
+    """torch's, with a table of contents that was read, and checked, before."""
+
+    def __init__(self, folder: Path, table: Metadata) -> None:
+        super().__init__(folder)
+        self.table = table
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        self.table.storage_meta = StorageMeta(load_id=self.load_id)
+        return self.table
+
+
+class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
             raise CheckpointError(f"it refers to {module}.{name}")
@@ -38,10 +52,22 @@ class _Reader(pickle.Unpickler):
 
 
 def check(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a checkpoint, over all its shards, by its table of contents; arguments and
+    errors as of `table`."""
+    return shapes(table(folder))
+
+
+def shapes(contents: Metadata) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor in a table of contents."""
+    entries = contents.state_dict_metadata.items()
+    return {name: tuple(entry.size) for name, entry in entries if hasattr(entry, "size")}
+
+
+def table(folder: Path, files: Collection[str] | None = None) -> Metadata:
     """Read the table of contents of a checkpoint, and nothing else.
 
-    Returns:
-        Name and shape of every tensor in it, over all its shards.
+    Args:
+        files: names of files in the folder; it may refer to no other ones. None does not look at that.
 
     Raises:
         CheckpointError: the table is missing, damaged, or refers to something that no such table needs.
@@ -59,9 +85,12 @@ def read(folder: Path) -> Metadata:
     path = folder / ".metadata"
     try:
         with path.open("rb") as file:
-            contents = _Reader(file).load()
-        if not isinstance(contents.state_dict_metadata, dict) or not isinstance(contents, Metadata):
-            raise TypeError("it is a " + type(contents).__name__)
-        return contents
+            found = _Unpickler(file).load()
+        if not isinstance(found, Metadata):
+            raise CheckpointError(f"it is a {type(found).__name__}")
+        named = {info.relative_path for info in found.storage_data.values()}
+        if files is not None and (strange := sorted(named - set(files))):
+            raise CheckpointError(f"it refers to {strange[0]}, which is no file of this checkpoint")
+        return found
     except Exception as error:  # a damaged pickle raises nearly anything
         raise CheckpointError(f"{path} is not a table of contents that torch wrote: {error}") from error

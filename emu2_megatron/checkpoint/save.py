@@ -1,6 +1,5 @@
 """Writing checkpoints, at once or in the background (`checkpoint/files.py`: what is written, and how it is safe)."""
 
-import json
 import os
 import shutil
 import time
@@ -22,6 +21,9 @@ from emu2_megatron.config.schema import CheckpointConfig
 from emu2_megatron.errors import CheckpointError
 from emu2_megatron.parallel.wrap import Engine
 
+_PROBE = 2**26
+"""Most bytes to measure the speed of a disk with."""
+
 
 class Saver:
     """Saves a run's checkpoints. All ranks make one together and call its methods together, at the same steps.
@@ -38,7 +40,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="emu2-checkpoint")
         self._pending: Future[None] | None = None
         self._copies: State = {}
-        self._told = False
+        self._told = self._told_undeleted = False
 
     def save(self, step: int, rest: dict[str, Any]) -> Path:
         """Write a checkpoint.
@@ -91,6 +93,7 @@ class Saver:
 
         def make_folder() -> None:
             self.directory.mkdir(parents=True, exist_ok=True)
+            files.sync(self.directory.parent)
             if final.exists():
                 raise FileExistsError(f"{final} is already there")
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -99,7 +102,7 @@ class Saver:
                 raise OSError(f"{self.directory} has {_size(free)} free, the checkpoint needs {_size(total)}")
             unfinished.mkdir()
             if not self._told:
-                speed = _write_speed(unfinished / "probe")
+                speed = _write_speed(unfinished / "probe", min(_PROBE, total))
                 self.say(
                     f"a checkpoint has {_size(total)}, written in about {max(sizes) / speed:.0f} s if each rank writes "
                     f"{_size(int(speed))} a second, as rank 0 does alone; {self.directory} has {_size(free)} free"
@@ -114,39 +117,56 @@ class Saver:
     def _write(self, final: Path, state: State, trainer: dict[str, Any]) -> None:
         """Write, check in, rename. All ranks succeed or all raise."""
         unfinished = _unfinished(final)
+        try:
+            self._write_files(unfinished, final, state, trainer)
+        except CheckpointError:
+            if dist.get_rank() == 0:  # what it takes may be what is missing
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+
+    def _write_files(self, unfinished: Path, final: Path, state: State, trainer: dict[str, Any]) -> None:
         rank = dist.get_rank()
         try:
             writer = Writer(unfinished, rank)
             save(state, storage_writer=writer, planner=Writing(), process_group=self.group)
-        except (Exception, CheckpointException) as error:  # torch's CheckpointException is no Exception
-            self._on_rank_0(lambda: shutil.rmtree(unfinished, ignore_errors=True), final)
-            raise CheckpointError(f"cannot save {final}: {_cause(error)}") from error
-        written: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(written, writer.checksums, group=self.group)
+        except CheckpointException as error:  # no Exception: what ranks failed by, on all ranks alike
+            failed, (first, _) = min(error.failures.items())
+            raise CheckpointError(f"cannot save {final}: rank {failed}: {first}") from error
+        of_ranks: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, writer.checksums, group=self.group)
 
         def check_in() -> None:
-            table = {".metadata": files.checksum(unfinished / ".metadata")}
-            for of_rank in written:
-                table |= of_rank
+            everything = {".metadata": files.checksum(unfinished / ".metadata")}
+            for of_rank in of_ranks:
+                everything |= of_rank
             marker = unfinished / files.TRAINER
-            marker.write_text(json.dumps({**trainer, "files": table}, indent=1))
+            marker.write_text(files.trainer_text({**trainer, "files": everything}))
             files.sync(marker)
             files.sync(unfinished)
             unfinished.rename(final)
             files.sync(self.directory)
-            for path in files.surplus(files.complete(self.directory), self.config.keep_last, self.config.keep_every):
-                files.delete(path)
+            self._delete_surplus()
 
         self._on_rank_0(check_in, final)
 
+    def _delete_surplus(self) -> None:
+        """What cannot be deleted is said once; the new checkpoint is there all the same."""
+        try:
+            for path in files.surplus(files.complete(self.directory), self.config.keep_last, self.config.keep_every):
+                files.delete(path)
+        except OSError as error:
+            if not self._told_undeleted:
+                self.say(f"checkpoint.keep_last: cannot delete an old checkpoint: {error}")
+            self._told_undeleted = True
+
     def _on_rank_0(self, action: Callable[[], None], final: Path) -> None:
-        """Do something on rank 0 while the others wait; if it fails, it fails on all of them."""
+        """Do something on rank 0 while the others wait; if it fails, whatever by, it fails on all of them."""
         problem = [""]
         if dist.get_rank() == 0:
             try:
                 action()
-            except OSError as error:
-                problem = [str(error)]
+            except Exception as error:
+                problem = [str(error) or repr(error)]
         dist.broadcast_object_list(problem, src=0, group=self.group)
         if problem[0]:
             raise CheckpointError(f"cannot save {final}: {problem[0]}")
@@ -161,20 +181,12 @@ def _size(number: int) -> str:
     return f"{number / 1e9:,.1f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
 
 
-def _write_speed(file: Path) -> float:
-    """Bytes a second of writing and syncing 64 MiB."""
-    data = bytes(2**26)
+def _write_speed(file: Path, size: int) -> float:
+    """Bytes a second of writing and syncing so many."""
+    data = bytes(size)
     start = time.perf_counter()
     with open(file, "wb") as stream:
         stream.write(data)
         os.fsync(stream.fileno())
     file.unlink()
     return len(data) / (time.perf_counter() - start)
-
-
-def _cause(error: BaseException) -> str:
-    """The first rank's error, in a line, without the traceback that torch puts around it."""
-    if isinstance(error, CheckpointException):
-        rank, (first, _) = min(error.failures.items())
-        return f"rank {rank}: {first}"
-    return str(error)

@@ -4,7 +4,6 @@ A checkpoint is in torch's distributed format: `.metadata` says for each global 
 in which part of which `.distcp` file. Reading puts pieces together; writing makes one piece of each tensor.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -87,7 +86,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise ConversionError(
             f"{folder} is not a complete checkpoint: it has no {files.TRAINER}; give a folder such as step_00000400"
         )
-    table = metadata.read(folder)
+    table = metadata.table(folder)
     tensors = {
         name: entry for name, entry in table.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)
     }
@@ -189,4 +188,4 @@ def finish_checkpoint(folder: Folder, shards: Sequence[Shard], model: ModelConfi
         "format": files.FORMAT, "step": 0, "finite": True, "optimizer": {"updates": 0, "loss_scale": None}, "data": {},
         "files": {name: files.checksum(folder.path / name) for name in names},
     }  # fmt: skip
-    folder.add(files.TRAINER, json.dumps(trainer).encode())
+    folder.add(files.TRAINER, files.trainer_text(trainer).encode())

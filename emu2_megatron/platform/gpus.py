@@ -79,7 +79,8 @@ def peak_flops(precision: str, device_type: str) -> tuple[float, str]:
     where = (
         torch.cuda.get_device_name() if device_type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s) a rank"
     )
-    left, right = (torch.randn(size, size, device=device_type).to(dtype) for _ in range(2))
+    own = torch.Generator(device_type).manual_seed(0)  # a run that is resumed has its random state already
+    left, right = (torch.randn(size, size, device=device_type, generator=own).to(dtype) for _ in range(2))
     best, end = float("inf"), time.perf_counter() + 0.3
     while best == float("inf") or time.perf_counter() < end:
         start = time.perf_counter()

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch.distributed as dist
 
@@ -28,30 +28,51 @@ def only_run(config: Config) -> Iterator[None]:
     """
     problem, lock = [""], None
     if dist.get_rank() == 0:
-        file = checkpoint_directory(config) / "run.lock"
-        lock = open(file, "a+")  # noqa: SIM115  (held as long as the run)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-            lock.flush()
-        except BlockingIOError:
-            lock.seek(0)
-            problem = [f"checkpoint.directory: {file.parent} is in use by another run ({lock.read()}); legal: one each"]
-        except OSError as error:  # a file system without locks
-            print(f"{file.parent} has no locks ({error.strerror}): see that no other run uses it", flush=True)
+        lock, problem[0] = _locked(checkpoint_directory(config))
     dist.broadcast_object_list(problem, src=0)
     try:
         if problem[0]:
-            raise ConfigError(problem[0])
+            raise ConfigError(f"checkpoint.directory: {problem[0]}")
         yield
     finally:
         if lock:
             lock.close()
 
 
+def _locked(directory: Path) -> tuple[IO[str] | None, str]:
+    """Take the lock of a directory, which goes with the process, and clear away what an interrupted run left there.
+
+    Returns:
+        The open file, and what is wrong.
+    """
+    try:
+        lock = open(directory / "run.lock", "a+")  # noqa: SIM115  (held as long as the run)
+    except OSError as error:
+        return None, f"{directory} cannot be used: {error}"
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        return lock, f"{directory} is in use by another run ({lock.read()}); legal: one each"
+    except OSError as error:
+        print(f"{directory} has no locks ({error.strerror}): see that no other run uses it", flush=True)
+        return lock, ""
+    if gone := files.remove_leftovers(directory):
+        print(f"removed what an interrupted run left in {directory}: {', '.join(gone)}", flush=True)
+    try:
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+    except OSError:  # a full disk: who has the lock is a courtesy, the lock itself needs no room
+        pass
+    return lock, ""
+
+
 def begin(config: Config, engine: Engine, loader: Loader) -> tuple[int, list[str]]:
     """Fill engine and loader from what the configuration says; called by all ranks together.
+
+    Checkpoints in the directory that are later than what is resumed from get another name: this run saves those steps
+    again.
 
     Returns:
         The steps that are done, and what there is to say about it.
@@ -64,7 +85,9 @@ def begin(config: Config, engine: Engine, loader: Loader) -> tuple[int, list[str
         try:
             trainer = load(path, engine)
             loader.load_state(trainer["data"])
-            return int(trainer["step"]), [f"resumed from {path}: step {trainer['step']} is done"]
+            step = int(trainer["step"])
+            moved = _set_aside(config, step)
+            return step, [f"resumed from {path}: step {step} is done", *moved]
         except CheckpointError as error:
             if path == found[-1] or not config.checkpoint.older_if_damaged:
                 raise CheckpointError(f"{error}{_hint(config, path, found)}") from error
@@ -74,6 +97,23 @@ def begin(config: Config, engine: Engine, loader: Loader) -> tuple[int, list[str
         load_weights(source, engine)
         return 0, [f"weights are those of {source}"]
     return 0, []
+
+
+def _set_aside(config: Config, step: int) -> list[str]:
+    """Make room for the checkpoints of later steps; returns what there is to say about it."""
+    result: list[Any] = [[], ""]
+    if dist.get_rank() == 0:
+        directory = checkpoint_directory(config)
+        try:
+            result[0] = [
+                f"{path.stem} is later than that: it is kept as {path}" for path in files.set_aside(directory, step)
+            ]
+        except (CheckpointError, OSError) as error:
+            result[1] = str(error)
+    dist.broadcast_object_list(result, src=0)
+    if result[1]:
+        raise ConfigError(f"checkpoint.resume: {result[1]}")
+    return list(result[0])
 
 
 def _candidates(config: Config) -> list[Path]:

@@ -1,18 +1,21 @@
 """From a validated configuration to running ranks."""
 
+import errno
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import psutil
 import torch
+import torch.distributed as dist
 
 from emu2_megatron.config.layout import part_layers
 from emu2_megatron.config.loading import to_yaml
 from emu2_megatron.config.schema import Config
 from emu2_megatron.config.validate import replica_size
 from emu2_megatron.data.tokenizer import tokenizer_for
-from emu2_megatron.errors import ConfigError, Emu2Error
+from emu2_megatron.errors import ConfigError, Emu2Error, PeerLost
 from emu2_megatron.parallel import estimate_memory
 from emu2_megatron.parallel.estimate_memory import Work
 from emu2_megatron.platform import kernels
@@ -53,7 +56,23 @@ def _run(config: Config) -> None:
             "than bf16, and its times say nothing about a GPU.",
             flush=True,
         )
-    loop.run(config)
+    try:
+        loop.run(config)
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        cause = str(error).strip().partition("\n")[0].partition(". ")[0]
+        raise PeerLost(f"another rank ended or cannot be reached; its message says why ({cause})") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise
+        raise Emu2Error(f"a file of the run cannot be written or read: {error}") from error
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed, which has no type of its own in gloo."""
+    words = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
 def _layout_line(config: Config) -> str:
@@ -72,7 +91,8 @@ def resume(config: Config) -> str:
 
 def _check_directory(config: Config) -> None:
     """Refuse now what would fail at the first save, hours later, or write over an earlier run."""
-    goes_on = resume(config) == "auto" or checkpoint_directory(config) in Path(resume(config)).absolute().parents
+    wanted, own = resume(config), checkpoint_directory(config).resolve()
+    goes_on = wanted == "auto" or own in Path(wanted).resolve().parents
     for key, directory, pattern in (
         ("logging.directory", Path(config.logging.directory), "log.jsonl"),
         ("checkpoint.directory", checkpoint_directory(config), "step_*"),
@@ -122,8 +142,6 @@ def _launch(config: Config, processes: int) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    resolved = Path(config.logging.directory) / "config.yaml"
-    resolved.write_text(to_yaml(config))
     parallel = config.parallel
     context = f" x CP{parallel.context_parallel_size}" if parallel.context_parallel_size > 1 else ""
     print(
@@ -137,10 +155,30 @@ def _launch(config: Config, processes: int) -> None:
     # glibc gives threads arenas of their own, in which what decoding frees stays for long: memory would creep up.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
     arguments = ["--standalone", f"--nproc-per-node={processes}", "-m", "emu2_megatron.cli"]
+    # Not in the run's own directory, which may turn out to be another run's.
+    with tempfile.TemporaryDirectory(prefix="emu2-") as folder:
+        resolved = Path(folder) / "config.yaml"
+        resolved.write_text(to_yaml(config))
+        try:
+            run.main([*arguments, "train", "--config", str(resolved)])
+        except SignalException as error:
+            raise KeyboardInterrupt from error
+        except ChildFailedError as error:
+            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            first, _ = error.get_first_failure()
+            raise Emu2Error(_failed(codes, first)) from None
+
+
+def _failed(codes: dict[int, int], first: int) -> str:
+    """Which rank is to blame, given exit codes and the rank that torchrun noticed first: the launcher ends the others
+    by SIGTERM, and a rank that lost its peer fails within the same moment as the peer."""
+    killed = [rank for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM]
+    rank = killed[0] if killed else first
+    if codes[rank] >= 0:
+        return f"rank {rank} failed with exit code {codes[rank]}; its message is above"
     try:
-        run.main([*arguments, "train", "--config", str(resolved)])
-    except SignalException as error:
-        raise KeyboardInterrupt from error
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise Emu2Error(f"rank {rank} failed with exit code {failure.exitcode}; its message is above") from None
+        name = signal.Signals(-codes[rank]).name
+    except ValueError:
+        name = f"signal {-codes[rank]}"
+    hint = "; the kernel does that when memory runs out" if name == "SIGKILL" else ""
+    return f"rank {rank} was killed by {name}{hint}; --resume auto goes on from the last checkpoint"

@@ -75,6 +75,9 @@ class Writers:
 
     def summary(self, rows: dict[str, str]) -> None:
         """Print what the run came to: first and last record side by side, then `rows`."""
+        if not self.records:
+            self.say("nothing is left to do: all steps were done before")
+            return
         first, last = self.records[0], self.records[-1]
         table = Table("", f"step {first['step']}", f"step {last['step']}", title="Summary")
         for label, name in (
