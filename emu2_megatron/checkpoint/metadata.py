@@ -64,20 +64,10 @@ def shapes(contents: Metadata) -> dict[str, tuple[int, ...]]:
 
 
 def table(folder: Path, files: Collection[str] | None = None) -> Metadata:
-    """Read the table of contents of a checkpoint, and nothing else.
+    """The table of contents of a checkpoint, in torch's classes: shapes and dtypes, and where the bytes are.
 
     Args:
         files: names of files in the folder; it may refer to no other ones. None does not look at that.
-
-    Raises:
-        CheckpointError: the table is missing, damaged, or refers to something that no such table needs.
-    """
-    contents = read(folder).state_dict_metadata
-    return {name: tuple(entry.size) for name, entry in contents.items() if hasattr(entry, "size")}
-
-
-def read(folder: Path) -> Metadata:
-    """The table of contents of a checkpoint, in torch's classes: shapes and dtypes, and where the bytes are.
 
     Raises:
         CheckpointError: the table is missing, damaged, or refers to something that no such table needs.
