@@ -50,11 +50,12 @@ def only_run(config: Config) -> Iterator[None]:
             lock.close()
 
 
-def begin(config: Config, engine: Engine, loader: Loader) -> tuple[int, list[str]]:
+def begin(config: Config, engine: Engine, loader: Loader) -> tuple[dict[str, Any], list[str]]:
     """Fill engine and loader from what the configuration says; called by all ranks together.
 
     Returns:
-        The steps that are done, and what there is to say about it.
+        What the checkpoint's trainer.json says (of `step`, the steps that are done, if there is none), and what there
+        is to say about it.
 
     Raises:
         CheckpointError: what was asked for cannot be loaded.
@@ -64,7 +65,7 @@ def begin(config: Config, engine: Engine, loader: Loader) -> tuple[int, list[str
         try:
             trainer = load(path, engine)
             loader.load_state(trainer["data"])
-            return int(trainer["step"]), [f"resumed from {path}: step {trainer['step']} is done"]
+            return trainer, [f"resumed from {path}: step {trainer['step']} is done"]
         except CheckpointError as error:
             if path == found[-1] or not config.checkpoint.older_if_damaged:
                 raise CheckpointError(f"{error}{_hint(config, path, found)}") from error
@@ -72,8 +73,8 @@ def begin(config: Config, engine: Engine, loader: Loader) -> tuple[int, list[str
                 print(f"{error}; trying an older checkpoint", flush=True)
     if source := config.checkpoint.initialize_from:
         load_weights(source, engine)
-        return 0, [f"weights are those of {source}"]
-    return 0, []
+        return {"step": 0}, [f"weights are those of {source}"]
+    return {"step": 0}, []
 
 
 def _candidates(config: Config) -> list[Path]:
