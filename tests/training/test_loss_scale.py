@@ -39,7 +39,12 @@ def worker(_rank: int, config: Config, culprit: tuple[int, str], bad: list[int])
         reports[-1] += [not torch.equal(before[part], after[part]) for part in ("decoder", "encoder")]
     updates = {float(state["step"]) for part in engine.optimizer.chained_optimizers
                for state in part.optimizer.state.values() if "step" in state}  # fmt: skip
-    return {"reports": reports, "problems": problems, "updates": sorted(updates), "next": float(engine.loss_scale.scale)}
+    return {
+        "reports": reports,
+        "problems": problems,
+        "updates": sorted(updates),
+        "next": float(engine.loss_scale.scale),
+    }
 
 
 def _weights(engine: wrap.Engine) -> dict[str, torch.Tensor]:
