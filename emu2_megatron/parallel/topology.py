@@ -106,7 +106,12 @@ def start(backend: str = device.BACKEND) -> None:
     if dist.is_initialized():
         return
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        # torchrun's store outlives a restart, and the addresses in it the processes they were of: under the same names
+        # ranks would wait for the dead.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        own = dist.PrefixStore(f"emu2_attempt_{attempt}", store)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=world_size)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, rank=0, world_size=1, store=store)

@@ -81,8 +81,7 @@ def test_one_rank_overflows(name: str) -> None:
 
 
 def test_overflow_at_the_smallest_scale() -> None:
-    """Two halvings from 4 to 1, then the model is to blame: all ranks say so, the weights are those of the start and the
-    scale stays."""
+    """Two halvings from 4 to 1, then the model is to blame: all ranks say so, weights and scale stay as they are."""
     config = harness.config(tp=2, pp=2, train_encoder=True, precision="fp16", initial_loss_scale=4.0)
     for result in harness.run(4, worker, config, (3, "encoder"), [0, 1, 2]):
         assert result["reports"] == [
