@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.distributed_c10d import PrefixStore, rendezvous
 
 from emu2_megatron.config.schema import Config
 from emu2_megatron.platform import device
@@ -106,11 +107,11 @@ def start(backend: str = device.BACKEND) -> None:
     if dist.is_initialized():
         return
     if "RANK" in os.environ:
-        store, rank, world_size = next(dist.rendezvous("env://"))
+        store, rank, world_size = next(rendezvous("env://"))
         # torchrun's store outlives a restart, and the addresses in it the processes they were of: under the same names
         # ranks would wait for the dead.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        own = dist.PrefixStore(f"emu2_attempt_{attempt}", store)
+        own = PrefixStore(f"emu2_attempt_{attempt}", store)
         dist.init_process_group(backend, store=own, rank=rank, world_size=world_size)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
