@@ -67,7 +67,7 @@ class Guards:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._exits.close()
+        self._exits.__exit__(kind, error, trace)
 
     # Updates ----------------------------------------------------------------------------------------------------------
 
@@ -120,7 +120,7 @@ class Guards:
 
     def state(self) -> dict[str, Any]:
         """As JSON, for a checkpoint."""
-        return {"skipped": self.skipped, "in_a_row": self._in_a_row, "losses": list(self._losses)}
+        return {"skipped": self.skipped, "in_a_row": list(self._in_a_row), "losses": list(self._losses)}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a `state`; a checkpoint that has none counts as one without skips."""

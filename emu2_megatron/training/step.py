@@ -72,8 +72,8 @@ def train_step(
     output = engine.step(batch, flags=flags)
     if not int(output.counts[:2].sum()):
         raise DataError(
-            f"step {step}: nothing in the global batch is to be learnt, text or pictures: no sample could be used, or "
-            "all of them are prompts; `emu2 data inspect` shows what the model sees; weights are those before"
+            f"step {step + 1}: nothing in the global batch is to be learnt, text or pictures: no sample could be used, "
+            "or all of them are prompts; `emu2 data inspect` shows what the model sees; weights are those before"
         )
     engine.step.entered("update")
     start = time.perf_counter()

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from emu2_megatron.errors import Stopped
+
 PHASES = ("load", "exchange", "encode", "decode", "encoder_backward", "update", "log", "save")
 """What a rank does in a step, in this order."""
 FIRST_STEP = 3
@@ -40,7 +42,7 @@ class Heartbeat:
     step: int
     """The step it is in, from 1."""
     phase: str
-    """One of PHASES; `ended` after the last."""
+    """One of PHASES; `ended` after the last. After an error it stays where that was."""
     since: float
     """Unix time at which the phase began."""
     written: float
@@ -91,7 +93,8 @@ class Watchdog:
     ) -> None:
         self._over.set()
         self._thread.join()
-        self.enter("ended")
+        if kind is None or issubclass(kind, Stopped):
+            self.enter("ended")
         self._write(self._heartbeat())
 
     # What follows runs in the thread ----------------------------------------------------------------------------------

@@ -32,5 +32,5 @@ def worker(_rank: int, config: Config) -> dict[str, Any]:
 
 def test_nothing_to_learn() -> None:
     for result in harness.run(4, worker, harness.config(pp=2)):
-        assert result["message"].startswith("step 1: nothing in the global batch is to be learnt")
+        assert result["message"].startswith("step 2: nothing in the global batch is to be learnt")
         assert result["weights unchanged"]

@@ -157,6 +157,54 @@ def test_steps_to_skip(shards: Path, tmp_path: Path) -> None:
         assert trainer["data"] == loader.state() and trainer["step"] == 6
 
 
+BROKEN = """
+import os, sys
+from emu2_megatron import cli
+from emu2_megatron.model.decoder import DecoderStage
+
+losses, calls = DecoderStage.losses, [0]
+
+def broken(stage, *args):
+    calls[0] += 1
+    return losses(stage, *args) * (float("nan") if calls[0] > 4 and calls[0] % 2 else 1.0)
+
+DecoderStage.losses = broken
+sys.exit(cli.main())
+"""
+
+
+@pytest.mark.slow
+def test_bad_updates_end_a_run(shards: Path, tmp_path: Path) -> None:
+    """From step 3 on the first of two micro-batches has no loss: two steps are skipped, the third ends the run, in one
+    line. What the run had saved stays, and without those steps it could go on."""
+    script, run = tmp_path / "broken.py", tmp_path / "run"
+    script.write_text(BROKEN)
+    code, out, err = finished(
+        start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script),
+              *arguments(shards, run, "checkpoint.every=1"))
+    )  # fmt: skip
+    assert code != 0 and err.count("emu2: ") == 1 and "emu2, rank 1" not in err, err
+    assert out.count("update skipped, ") == 2 and "step 4: losses nan (text), nan (image); not finite: the loss" in out
+    assert (
+        "emu2: step 5: losses nan (text), nan (image); not finite: the loss of micro-batch 0 of rank 1; samples" in err
+    )
+    assert "guards.steps_to_skip=[3,4,5] goes on without them" in err
+    assert saved(run) == [1, 2, 3, 4]
+    log = records(run)
+    assert [(record["text_loss"] is None, record["skipped_steps"]) for record in log] == [
+        (False, 0), (False, 0), (True, 1), (True, 2),
+    ]  # fmt: skip
+    found = json.loads((run / "skipped" / "step_00000005" / "report.json").read_text())
+    keys = [key for row in found["cause"]["rows"] for key in row["keys"]]
+    assert (
+        keys and all(key in err for key in keys[:5]) and all(row["micro_batch"] == 0 for row in found["cause"]["rows"])
+    )
+    assert json.loads((run / "heartbeat" / "rank_00001.json").read_text())["phase"] == "update"
+    trainer = json.loads((run / "checkpoints" / "step_00000004" / "trainer.json").read_text())
+    assert trainer["guards"] == {"skipped": 2, "in_a_row": [3, 4], "losses": []}
+    assert trainer["optimizer"]["updates"] == 2 and trainer["finite"] is True
+
+
 SLEEPER = """
 import os, sys, time
 from emu2_megatron import cli
