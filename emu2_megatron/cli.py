@@ -9,12 +9,13 @@ from pathlib import Path
 
 import emu2_megatron
 from emu2_megatron.config.schema import Config
-from emu2_megatron.errors import ConfigError, Emu2Error
+from emu2_megatron.errors import ConfigError, Emu2Error, Stopped, TrainingDiverged
 from emu2_megatron.platform.gpus import GPUS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code: 2 for a configuration that cannot run, 1 for any other known error."""
+    """Run a subcommand; returns the exit code: 2 for a configuration that cannot run, 75 or 143 for a run that saved
+    and ended early (docs/running.md), 1 for any other known error."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without some letter shows "?" for it
     parser = _parser()
@@ -43,9 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _inspect(options.config, rest, options.rows, options.output)
         return _doctor()
     except Emu2Error as error:
-        if prefix := _prefix(error):
+        if (prefix := _prefix(error)) and str(error):
             print(f"{prefix}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return error.code if isinstance(error, Stopped) else 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         # The progress bar hides the cursor, and a rank that was killed cannot bring it back.
         print("\x1b[?25h" if sys.stdout.isatty() else "", end="")
@@ -125,11 +126,14 @@ def _prefix(error: Emu2Error) -> str:
     """Who speaks, empty for a rank that stays silent.
 
     All ranks get the same ConfigError from the same configuration, so one process of each node says it (files may be
-    missing on one node alone). Any other error may be a single rank's own, and is never swallowed.
+    missing on one node alone). What all ranks have agreed on, one says. Any other error may be a single rank's own, and
+    is never swallowed.
     """
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         return "emu2"
+    if isinstance(error, (Stopped, TrainingDiverged)):
+        return ""
     if isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK") != "0":
         return ""
     return f"emu2, rank {rank}"

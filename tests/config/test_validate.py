@@ -83,6 +83,7 @@ MAY_BE_ZERO = {
     "fp8.first_layers_bf16",
     "fp8.last_layers_bf16",
     "fp8.margin",
+    "guards.spike_factor",
 }
 
 
@@ -122,6 +123,9 @@ def test_two_ways_of_blending():
         ("data__sequence_length", 2048, 2049),
         ("data__sequence_length", 8, 7),
         ("data__max_bad_share", 1.0, 1.01),
+        ("guards__spike_factor", 1.5, 1.0),
+        ("guards__steps_to_skip", (1, 20350), (0,)),
+        ("guards__steps_to_skip", (), (20351,)),
         ("data__phrase_first_probability", 1.0, 1.01),
         ("data__video_frames", (4, 6, 8), (8, 0)),
         ("data__document_pictures", 8, 7),  # data.video_frames is 8
