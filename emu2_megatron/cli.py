@@ -9,12 +9,13 @@ from pathlib import Path
 
 import emu2_megatron
 from emu2_megatron.config.schema import Config
-from emu2_megatron.errors import ConfigError, Emu2Error
+from emu2_megatron.errors import ConfigError, Emu2Error, Stopped, TrainingDiverged
 from emu2_megatron.platform.gpus import GPUS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code: 2 for a configuration that cannot run, 1 for any other known error."""
+    """Run a subcommand; returns the exit code: 2 for a configuration that cannot run, 75 or 143 for a run that saved
+    and ended early (docs/running.md), 1 for any other known error."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without some letter shows "?" for it
     parser = _parser()
@@ -35,13 +36,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from emu2_megatron.data import make_shards
 
             return make_shards.run(options)
+        if options.command == "convert":
+            from emu2_megatron.convert import command
+
+            return {"to-hf": command.run_to_hf, "from-hf": command.run_from_hf}[options.direction](options)
         if options.command == "data":
             return _inspect(options.config, rest, options.rows, options.output)
         return _doctor()
     except Emu2Error as error:
-        if prefix := _prefix(error):
+        if (prefix := _prefix(error)) and str(error):
             print(f"{prefix}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        return error.code if isinstance(error, Stopped) else 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         # The progress bar hides the cursor, and a rank that was killed cannot bring it back.
         print("\x1b[?25h" if sys.stdout.isatty() else "", end="")
@@ -104,8 +109,10 @@ def _inspect(name_or_file: str, overrides: Sequence[str], rows: int, output: str
 
     from emu2_megatron.data.inspect import inspect
 
-    inspect(config, rows, Path(output))
+    warning = inspect(config, rows, Path(output))
     print(f"wrote {output}")
+    if warning:
+        print(f"emu2: {warning}", file=sys.stderr)
     return 0
 
 
@@ -119,11 +126,14 @@ def _prefix(error: Emu2Error) -> str:
     """Who speaks, empty for a rank that stays silent.
 
     All ranks get the same ConfigError from the same configuration, so one process of each node says it (files may be
-    missing on one node alone). Any other error may be a single rank's own, and is never swallowed.
+    missing on one node alone). What all ranks have agreed on, one says. Any other error may be a single rank's own, and
+    is never swallowed.
     """
     rank = os.environ.get("RANK", "0")
     if rank == "0":
         return "emu2"
+    if isinstance(error, (Stopped, TrainingDiverged)):
+        return ""
     if isinstance(error, ConfigError) and os.environ.get("LOCAL_RANK") != "0":
         return ""
     return f"emu2, rank {rank}"
@@ -207,6 +217,28 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     make_shards.add_arguments(shards)
+    from emu2_megatron.convert import command
+
+    convert = commands.add_parser("convert", help="weights from and to Hugging Face folders", allow_abbrev=False)
+    directions = convert.add_subparsers(dest="direction", required=True, metavar="DIRECTION", parser_class=_Parser)
+    command.add_to_hf_arguments(
+        directions.add_parser(
+            "to-hf",
+            help="a checkpoint to a folder that transformers loads",
+            description="Write a Hugging Face folder of a checkpoint of any layout. Needs no GPU and little memory; "
+            "goes on where it was interrupted. docs/conversion.md says what is written.",
+            allow_abbrev=False,
+        )
+    )
+    command.add_from_hf_arguments(
+        directions.add_parser(
+            "from-hf",
+            help="released weights, or LLaMA and EVA-CLIP, to a checkpoint",
+            description="Write a checkpoint, which loads into any layout, of released weights of Emu2, or of the LLaMA "
+            "and EVA-CLIP that it started from. Needs no GPU and little memory; goes on where it was interrupted.",
+            allow_abbrev=False,
+        )
+    )
     data = commands.add_parser("data", help="look at the data as the model will see it", allow_abbrev=False)
     looks = data.add_subparsers(dest="look", required=True, metavar="LOOK", parser_class=_Parser)
     inspect = looks.add_parser(

@@ -30,4 +30,13 @@ class PeerLost(Emu2Error):
 
 
 class TrainingDiverged(Emu2Error):
-    """The loss or the gradients are no longer finite."""
+    """Too many updates in a row could not be applied. All ranks raise it together, with the same message."""
+
+
+class Stopped(Emu2Error):
+    """The run was asked to end before its last step, and has saved. All ranks raise it together."""
+
+    def __init__(self, message: str, code: int) -> None:
+        """`code` is what the process ends with; never 0, so that nobody takes the run for finished."""
+        super().__init__(message)
+        self.code = code

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from html import unescape
 
 import pytest
 
@@ -48,6 +49,9 @@ def test_table_and_files(tmp_path, capsys) -> None:
     for word in ("http", "src=", "href", "url(", "@import", "<script", "<link", "<img"):
         assert word not in page
     assert page.count("<svg") == 4
+    # The given layout beside the best ones, in the table and among the bars of memory.
+    read = unescape(page)
+    assert "<td>*</td><td>TP2·PP2·DP2</td>" in read and ">* TP2·PP2·DP2<" in read and "as the configuration" in read
     # Every chart is well formed. A tiny model's bars are too short to be drawn against 80 GB; the timelines are not.
     for number, chart in enumerate(page.split("<svg")[1:]):
         svg = ElementTree.fromstring("<svg" + chart.split("</svg>")[0] + "</svg>")

@@ -146,7 +146,7 @@ def _read(path: Path, state: State, contents: Metadata) -> None:
     except CheckpointException as error:  # no Exception: what a rank's reading failed by, on all ranks alike
         rank, (first, _) = min(error.failures.items())
         raise CheckpointError(f"{path} cannot be loaded into this model: rank {rank}: {first}") from error
-    bad = {name for name, pieces in state.items() for box in pieces.boxes.values() if not box.isfinite().all()}
+    bad = {name for name, pieces in state.items() if not pieces.finite}
     if bad := set().union(*_of_all_ranks(bad)):
         raise CheckpointError(f"{path} has numbers that are not finite: in {_shortened(sorted(bad))}")
 

@@ -64,7 +64,7 @@ def shapes(contents: Metadata) -> dict[str, tuple[int, ...]]:
 
 
 def table(folder: Path, files: Collection[str] | None = None) -> Metadata:
-    """Read the table of contents of a checkpoint, and nothing else.
+    """The table of contents of a checkpoint, in torch's classes: shapes and dtypes, and where the bytes are.
 
     Args:
         files: names of files in the folder; it may refer to no other ones. None does not look at that.

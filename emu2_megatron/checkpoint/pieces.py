@@ -50,9 +50,20 @@ class Pieces:
         """Of this rank's part."""
         return sum(box.nbytes for box in self.boxes.values())
 
-    def copied(self) -> "Pieces":
-        """The same in memory of its own, on the CPU."""
-        boxes = {offset: box.detach().to("cpu", copy=True) for offset, box in self.boxes.items()}
+    @property
+    def finite(self) -> bool:
+        """Whether all of this rank's part is: one pass over it, and nothing as large as it is made."""
+        if not self.dtype.is_floating_point:
+            return True
+        ends = [end for box in self.boxes.values() for end in box.aminmax()]
+        return not ends or bool(torch.stack(ends).isfinite().all())
+
+    def copied(self, memory: "Pieces | None" = None) -> "Pieces":
+        """The same in memory of its own, on the CPU: that of an earlier copy, if it is given."""
+        boxes = {}
+        for offset, box in self.boxes.items():
+            boxes[offset] = memory.boxes[offset] if memory else torch.empty_like(box, device="cpu")
+            boxes[offset].copy_(box.detach())
         return Pieces(self.shape, self.dtype, boxes)
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:

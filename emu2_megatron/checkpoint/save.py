@@ -3,25 +3,20 @@
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future as TorchFuture
 
 from emu2_megatron.checkpoint import adam, files
 from emu2_megatron.checkpoint.pieces import Writing
 from emu2_megatron.checkpoint.state import State, stored
+from emu2_megatron.checkpoint.writer import Writer
 from emu2_megatron.config.schema import CheckpointConfig
 from emu2_megatron.errors import CheckpointError
 from emu2_megatron.parallel.wrap import Engine
@@ -44,6 +39,7 @@ class Saver:
         self.group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="emu2-checkpoint")
         self._pending: Future[None] | None = None
+        self._copies: State = {}
         self._told = self._told_undeleted = False
 
     def save(self, step: int, rest: dict[str, Any]) -> Path:
@@ -68,8 +64,9 @@ class Saver:
         optimizer = adam.scalars(self.engine)
         trainer = {"format": files.FORMAT, "step": step, "finite": finite, "optimizer": optimizer, **rest}
         if background:
-            copied = {name: pieces.copied() for name, pieces in state.items()}
-            self._pending = self._thread.submit(self._write, final, copied, trainer)
+            # The same memory every time: new pages would cost more than the copy.
+            self._copies = {name: pieces.copied(self._copies.get(name)) for name, pieces in state.items()}
+            self._pending = self._thread.submit(self._write, final, self._copies, trainer)
         else:
             self._write(final, state, trainer)
         return final
@@ -87,7 +84,7 @@ class Saver:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         # A copy, and as much again for what the loop needs meanwhile.
         fits = 2 * mine * local < psutil.virtual_memory().available
-        finite = all(bool(box.isfinite().all()) for pieces in state.values() for box in pieces.boxes.values())
+        finite = all(pieces.finite for pieces in state.values())
         of_ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(of_ranks, (mine, fits, finite), group=self.group)
         sizes = [size for size, _, _ in of_ranks]
@@ -130,24 +127,17 @@ class Saver:
     def _write_files(self, unfinished: Path, final: Path, state: State, trainer: dict[str, Any]) -> None:
         rank = dist.get_rank()
         try:
-            save(state, storage_writer=_Writer(unfinished), planner=Writing(), process_group=self.group)
+            writer = Writer(unfinished, rank)
+            save(state, storage_writer=writer, planner=Writing(), process_group=self.group)
         except CheckpointException as error:  # no Exception: what ranks failed by, on all ranks alike
             failed, (first, _) = min(error.failures.items())
             raise CheckpointError(f"cannot save {final}: rank {failed}: {first}") from error
-        table: dict[str, dict[str, int]] = {}
-        problem = ""
-        try:
-            table = {file.name: files.checksum(file) for file in unfinished.glob(f"__{rank}_*")}
-        except OSError as error:
-            problem = f"rank {rank}: {error}"
         of_ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, (table, problem), group=self.group)
-        if problems := [of_rank for _, of_rank in of_ranks if of_rank]:
-            raise CheckpointError(f"cannot save {final}: {problems[0]}")
+        dist.all_gather_object(of_ranks, writer.checksums, group=self.group)
 
         def check_in() -> None:
             everything = {".metadata": files.checksum(unfinished / ".metadata")}
-            for of_rank, _ in of_ranks:
+            for of_rank in of_ranks:
                 everything |= of_rank
             marker = unfinished / files.TRAINER
             marker.write_text(files.trainer_text({**trainer, "files": everything}))
@@ -180,61 +170,6 @@ class Saver:
         dist.broadcast_object_list(problem, src=0, group=self.group)
         if problem[0]:
             raise CheckpointError(f"cannot save {final}: {problem[0]}")
-
-
-class _Writer(FileSystemWriter):
-    """torch's with two threads, and two differences.
-
-    A thread that fails is noticed: torch prints its traceback, and checks in a checkpoint that lacks what it had to
-    write. And equal checkpoints have equal bytes, wherever they are: no path and no random number in the table of
-    contents, which is in one order, however fast the threads were.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder, thread_count=2)
-        self.files = self.fs = _Files()
-
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta()
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> "TorchFuture[list[WriteResult]]":
-        written = super().write_data(plan, planner)
-        self.files.check()
-        if len(written.wait()) != len(plan.items):
-            raise RuntimeError("a thread that writes ended before its work")
-        return written
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        everything = [result for of_rank in results for result in of_rank]
-        everything.sort(key=lambda result: (result.index.fqn, tuple(result.index.offset or ())))
-        super().finish(metadata, [everything])
-        self.files.check()
-
-
-class _Files(FileSystem):
-    """torch's way to files; in place of raising where nobody listens, in threads, it remembers what went wrong."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.failed: list[Exception] = []
-
-    def check(self) -> None:
-        """Raise what went wrong first."""
-        if self.failed:
-            raise self.failed[0]
-
-    @contextmanager
-    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[IO[bytes]]:  # type: ignore[override]
-        try:
-            stream = open(path, mode)
-        except OSError as error:
-            self.failed.append(error)
-            stream = open(os.devnull, mode)
-        try:
-            with stream:
-                yield stream
-        except Exception as error:
-            self.failed.append(error)
 
 
 def _unfinished(final: Path) -> Path:

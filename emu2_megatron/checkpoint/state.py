@@ -21,17 +21,11 @@ from torch import Tensor, nn
 
 from emu2_megatron.checkpoint.pieces import Pieces, Region, Shape, add
 from emu2_megatron.config.schema import ModelConfig
-from emu2_megatron.model.parameters import GATED_MLP, QKV, REPLICATED, ROW, VOCABULARY, Rule, rule_of
+from emu2_megatron.model.parameters import GATED_MLP, QKV, REPLICATED, ROW, STORED_NAMES, VOCABULARY, Rule, rule_of
 from emu2_megatron.parallel.wrap import Engine
 from emu2_megatron.platform.device import IS_CUDA
 
 State = dict[str, Pieces]
-
-_FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
-}
-"""Names that only Transformer Engine's layers have, to the names in a checkpoint."""
 
 
 def _replicated(model: ModelConfig, shape: Shape, rank: int, tp: int) -> tuple[Shape, list[Region]]:
@@ -174,7 +168,7 @@ def key_of(name: str, first_layer: int) -> str:
     match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     if match is None:
         return name
-    return f"decoder.layers.{int(match[1]) + first_layer}.{_FUSED_NORMS.get(match[2], match[2])}"
+    return f"decoder.layers.{int(match[1]) + first_layer}.{STORED_NAMES.get(match[2], match[2])}"
 
 
 def _owned(engine: Engine) -> dict[nn.Parameter, tuple[int, int, dict[str, Tensor]]]:

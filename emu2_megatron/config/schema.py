@@ -268,6 +268,33 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class GuardsConfig:
+    """What keeps a run from being spoilt or lost (docs/running.md). Steps are numbered as in the log, from 1."""
+
+    max_skips: int = 3
+    """End the run when so many updates in a row could not be applied, because the loss or a gradient was not finite or
+    the loss was a spike; until then such a step is skipped and the run goes on. 1 ends it at the first."""
+    spike_factor: float = 0.0
+    """A loss (both, weighted) above so many times the median of the last spike_window ones is a spike, and its update
+    is skipped; 0 skips none."""
+    spike_window: int = 100
+    """Steps whose losses a spike is compared with; until there are as many, nothing is a spike."""
+    steps_to_skip: tuple[int, ...] = ()
+    """Steps whose batches are read but not trained on; they count, and the data's order stays as it is."""
+    time_limit_minutes: float | None = None
+    """Save and end, with exit code 75, so many minutes after the process started; null never does. Leave time for a
+    step and the save."""
+    hang_minutes: float = 10.0
+    """If no step ends for so long (thrice that for the first one, once for a save), write down what every thread is
+    doing, say which rank is late, and end the run with an error."""
+    straggler_z: float = 4.0
+    """A rank is a straggler if its own work (loading and encoding) takes longer than the median rank's by so many
+    deviations; a deviation is at least 5% of the median and 1% of a step."""
+    straggler_records: int = 3
+    """Records of the log in a row in which a rank was one before it is named."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -287,3 +314,5 @@ class Config:
     """The logs."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """The checkpoints."""
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    """The guards."""

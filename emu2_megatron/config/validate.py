@@ -247,7 +247,7 @@ def _within_a_stage(key: str) -> Rule:
 
 _BF16_LAYERS = ("fp8.first_layers_bf16", "fp8.last_layers_bf16")
 _GIVE_TOKENIZER = "give the path of a SentencePiece tokenizer.model"
-_MAKE_SHARDS = "give tar shards, `python tools/make_shards.py --help` makes them"
+_MAKE_SHARDS = "give tar shards; `emu2 shards --input FOLDER --output FOLDER` makes them"
 
 _POSITIVE = """
     model.encoder.image_size model.encoder.patch_size model.encoder.num_layers model.encoder.hidden_size
@@ -263,12 +263,14 @@ _POSITIVE = """
     training.initial_loss_scale training.loss_scale_window
     optimizer.decoder_lr optimizer.projection_lr optimizer.encoder_lr optimizer.adam_eps logging.every
     fp8.amax_history
+    guards.max_skips guards.spike_window guards.hang_minutes guards.straggler_z guards.straggler_records
 """.split()
 _NOT_NEGATIVE = """
     training.text_loss_weight training.image_loss_weight training.seed training.recompute_layers
     optimizer.weight_decay optimizer.clip_grad
     checkpoint.every checkpoint.keep_last checkpoint.keep_every
     fp8.first_layers_bf16 fp8.last_layers_bf16 fp8.margin
+    guards.spike_factor
 """.split()
 
 RULES: list[Rule] = [
@@ -292,6 +294,17 @@ RULES: list[Rule] = [
         lambda _: "given together with samples_per_step; set one of them to []",
     ),
     _unless_null(_positive("parallel.data_parallel_size")),
+    _unless_null(_positive("guards.time_limit_minutes")),
+    Rule(
+        "guards.spike_factor",
+        lambda config: config.guards.spike_factor == 0 or config.guards.spike_factor > 1,
+        lambda _: "half of all losses are above their median; legal: more than 1, or 0 for no guard",
+    ),
+    Rule(
+        "guards.steps_to_skip",
+        lambda config: all(1 <= step <= config.training.steps for step in config.guards.steps_to_skip),
+        lambda config: f"legal: numbers of steps, 1 to training.steps {config.training.steps}",
+    ),
     _unless_null(_not_negative("optimizer.warmup_steps")),
     _unless_null(_share("optimizer.warmup_ratio")),
     _one_of("training.precision", PRECISIONS),

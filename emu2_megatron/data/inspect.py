@@ -10,8 +10,11 @@ from emu2_megatron.data.tokenizer import tokenizer_for
 from emu2_megatron.errors import ConfigError
 
 
-def inspect(config: Config, rows: int, output: Path) -> None:
+def inspect(config: Config, rows: int, output: Path) -> str:
     """Write a page with the first `rows` sequences of the first global batches.
+
+    Returns:
+        What to warn of, empty if nothing.
 
     Raises:
         ConfigError: fewer than one row is asked for, or the tokenizer does not fit.
@@ -27,10 +30,20 @@ def inspect(config: Config, rows: int, output: Path) -> None:
         shown = next(loader)
         while len(shown) < rows:
             shown += next(loader)
+        total, bad = sum(len(source) for source in loader.sources), loader.bad
+        used, skipped = sum(len(row.keys) for row in shown), loader.skipped.total()
         counts = {
-            "samples in the shards": sum(len(source) for source in loader.sources),
+            "samples in the shards": total,
+            "of those looked at, cannot be used": bad,
             "rows of a step": config.training.global_batch_size,
-            **{f"skipped: {reason}": count for reason, count in loader.skipped.items()},
+            **{f"times skipped: {reason}": count for reason, count in loader.skipped.items()},
         }
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(page(shown[:rows], tokenizer, config, counts), encoding="utf-8")
+    if skipped <= config.data.max_bad_share * (used + skipped):
+        return ""
+    reasons = ", ".join(f"{reason} {count}" for reason, count in loader.skipped.most_common())
+    return (
+        f"{bad} of the {total} samples cannot be used; {skipped} of {used + skipped} reads met one ({reasons}). "
+        f"Training would end: data.max_bad_share is {config.data.max_bad_share:g}"
+    )

@@ -103,6 +103,12 @@ class Loader:
         self._prefetch = self._thread.submit(self._step, self._places)
         return step.rows
 
+    @property
+    def bad(self) -> int:
+        """Samples that have proved bad since this loader was made, each counted once; some may be ahead of the last
+        batch handed out."""
+        return self._quarantine.distinct
+
     def state(self) -> State:
         """The place after the last batch handed out."""
         slots = {str(slot): place.state() for slot, place in self._places.items()}
@@ -278,14 +284,14 @@ class Loader:
         shown = [visual for row in rows for drawn in row for visual in drawn.content.visuals]
         encoded = [visual for visual in shown if not isinstance(visual, Features)]
         decoded = iter(decode(encoded, self._config.model.encoder.image_size))
-        return [
-            assemble(
-                [whole for drawn in row if (whole := self._with_pictures(drawn, decoded, skipped)) is not None],
-                self._config.data.sequence_length,
-                self._tokenizer.pad,
-            )
-            for row in rows
-        ]
+        sequences = []
+        for row in rows:
+            whole = [(drawn, self._with_pictures(drawn, decoded, skipped)) for drawn in row]
+            kept = [(drawn.place[0], sample) for drawn, sample in whole if sample is not None]
+            length, pad = self._config.data.sequence_length, self._tokenizer.pad
+            sequences.append(assemble([sample for _, sample in kept], length, pad))
+            sequences[-1].shards = [shard for shard, _ in kept]
+        return sequences
 
     def _with_pictures(
         self, drawn: "_Drawn", decoded: Iterator[Tensor | DataError], skipped: Counter[str]

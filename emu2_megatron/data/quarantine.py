@@ -16,6 +16,13 @@ ENOUGH = 100
 """Samples that have to be read before their share of bad ones means anything."""
 
 
+HINTS = {
+    "longer than the context": "raise data.sequence_length, or make the shards with a smaller --max-tokens",
+    "vocabulary has no": "data.tokenizer or model.preset is not the one this kind of data is for",
+}
+"""Beginning of a reason to what can be done about most samples being bad for it."""
+
+
 class Quarantine:
     """The bad samples that one rank has met.
 
@@ -61,14 +68,24 @@ class Quarantine:
             where = f"; they are listed in {self.file}" if self.file else ""
             raise DataError(
                 f"data.max_bad_share: {self.bad} of {self.read} samples cannot be used, allowed is a share of "
-                f"{self.max_share:g} ({_listed(self.reasons)}){where}"
+                f"{self.max_share:g} ({_listed(self.reasons)}){where}{_hint(self.reasons)}"
             )
+
+    @property
+    def distinct(self) -> int:
+        """How many samples are bad, however often they were met."""
+        return len(self._listed)
 
     def _write(self, entry: dict[str, Any]) -> None:
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(entry) + "\n")
+
+
+def _hint(reasons: Counter[str]) -> str:
+    most = max(reasons, key=lambda reason: reasons[reason])
+    return next((f"; {hint}" for start, hint in HINTS.items() if most.startswith(start)), "")
 
 
 def _listed(reasons: Counter[str]) -> str:

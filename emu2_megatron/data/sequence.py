@@ -54,3 +54,5 @@ class PackedSequence:
     """Visual embeddings of each picture."""
     keys: list[str] = field(default_factory=list)
     """Keys of the samples in this row, for logs and diagnosis."""
+    shards: list[str] = field(default_factory=list)
+    """The shard that each of these samples is from."""

@@ -205,7 +205,7 @@ def _refused(error: BaseException | None) -> bool:
     return isinstance(error, OSError) or (error is not None and _refused(error.__cause__))
 
 
-_ADVICE = "make shards with `python tools/make_shards.py --input DIR --output DIR`"
+_ADVICE = "`emu2 shards --input FOLDER --output FOLDER` makes shards"
 
 
 def shard_paths(patterns: Sequence[str]) -> list[str]:

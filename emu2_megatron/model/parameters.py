@@ -1,13 +1,14 @@
 """One table from the released parameter names to this engine's, for initialisation, conversion and comparison.
 
 Released names are those of the authors' native files (no `model.` prefix, `attn.q_bias` / `attn.v_bias`). The encoder
-uses them as they are. Decoder parameters are fused and cut for tensor parallelism; `RULES` says how.
+uses them as they are. Decoder parameters are fused and cut for tensor parallelism; `RULES` says how. The Hugging Face
+folders name and fuse them in yet another way: `hf_parameters`.
 """
 
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -75,23 +76,28 @@ def _fuse_qkv(model: ModelConfig, whole: list[Tensor], tp: int) -> list[Tensor]:
     return list(fused.flatten(0, 2).chunk(tp))
 
 
+def _joined(local: list[Tensor], dim: int = 0) -> Tensor:
+    """Concatenated; the only one of a list as it is, since conversion would copy most of a model for nothing."""
+    return torch.cat(local, dim) if len(local) > 1 else local[0]
+
+
 def _split_qkv(model: ModelConfig, local: list[Tensor]) -> list[Tensor]:
-    whole = torch.cat(local)
+    whole = _joined(local)
     heads = whole.view(model.decoder.num_attention_heads, 3, -1, whole.shape[-1])
     return [heads[:, i].flatten(0, 1) for i in range(3)]
 
 
 REPLICATED = Rule(lambda m, whole, tp: [whole[0]] * tp, lambda m, local: [local[0]], None)
-ROW = Rule(lambda m, whole, tp: list(whole[0].chunk(tp, dim=1)), lambda m, local: [torch.cat(local, dim=1)], 1)
+ROW = Rule(lambda m, whole, tp: list(whole[0].chunk(tp, dim=1)), lambda m, local: [_joined(local, 1)], 1)
 VOCABULARY = Rule(
     lambda m, whole, tp: list(_pad_rows(m, whole[0], tp).chunk(tp)),
-    lambda m, local: [torch.cat(local)[: m.decoder.vocab_size]],
+    lambda m, local: [_joined(local)[: m.decoder.vocab_size]],
     0,
 )
 QKV = Rule(_fuse_qkv, _split_qkv, 0)
 GATED_MLP = Rule(
-    lambda m, whole, tp: [torch.cat(pair) for pair in zip(*(x.chunk(tp) for x in whole), strict=True)],
-    lambda m, local: [torch.cat(half) for half in zip(*(x.chunk(2) for x in local), strict=True)],
+    lambda m, whole, tp: [_joined(list(pair)) for pair in zip(*(x.chunk(tp) for x in whole), strict=True)],
+    lambda m, local: [_joined(list(half)) for half in zip(*(x.chunk(2) for x in local), strict=True)],
     0,
 )
 
@@ -112,6 +118,92 @@ RULES: dict[str, tuple[Rule, tuple[str, ...]]] = {
     "mlp.linear_fc2.weight": (ROW, (_LAYER + "mlp.down_proj.weight",)),
 }
 """A decoder stage's parameter (without `decoder.layers.N.`) to its rule and the released tensors it is made of."""
+
+
+STORED_NAMES = {
+    "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+}
+"""Checkpoints have Transformer Engine's names of the two norms, whoever wrote them."""
+
+
+def stored_parameters(model: ModelConfig) -> dict[str, tuple[Rule, tuple[str, ...]]]:
+    """Every tensor of a checkpoint of a whole model, to its rule and the released tensors it is made of.
+
+    What is stored is whole, whatever the layout: the one part of a single tensor-parallel rank, but for the padding of
+    the vocabulary. In the order of the released modules.
+    """
+    order = {name: place for place, name in enumerate(released_shapes(model))}
+    stored: dict[str, tuple[Rule, tuple[str, ...]]] = {}
+    stored |= {name: (REPLICATED, (name,)) for name in order if name.startswith("visual.")}
+    for key, (rule, names) in RULES.items():
+        if key not in STORED_NAMES and any("{layer}" in name for name in names):
+            for i in range(model.decoder.num_layers):
+                stored[f"decoder.layers.{i}.{key}"] = rule, tuple(name.format(layer=i) for name in names)
+        elif key not in STORED_NAMES:
+            stored[key] = rule, names
+    return dict(sorted(stored.items(), key=lambda item: order[item[1][1][0]]))
+
+
+def unpadded(model: ModelConfig) -> ModelConfig:
+    """The model with a vocabulary that a single tensor-parallel rank does not pad."""
+    return replace(model, decoder=replace(model.decoder, make_vocab_size_divisible_by=1))
+
+
+def stored_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of a checkpoint, the vocabulary without padding."""
+    whole = {name: torch.empty(shape, device="meta") for name, shape in released_shapes(model).items()}
+    model = unpadded(model)
+    return {
+        name: tuple(rule.cut(model, [whole[released] for released in names], 1)[0].shape)
+        for name, (rule, names) in stored_parameters(model).items()
+    }
+
+
+@dataclass(frozen=True)
+class HfRule:
+    """How released tensors become one of a Hugging Face folder, and back."""
+
+    merge: Callable[[ModelConfig, list[Tensor]], Tensor]
+    """(model, released tensors) to the tensor of the folder."""
+    split: Callable[[ModelConfig, Tensor], list[Tensor]]
+    """(model, tensor of the folder) to the released tensors."""
+
+
+def _rotary_frequencies(model: ModelConfig) -> Tensor:
+    width = model.decoder.hidden_size // model.decoder.num_attention_heads
+    return 1 / model.decoder.rotary_base ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+
+
+AS_IT_IS = HfRule(lambda m, native: native[0], lambda m, hf: [hf])
+# Keys have no bias. One that was trained all the same moves all scores of a query alike, which softmax does not see.
+QKV_BIAS = HfRule(
+    lambda m, native: torch.cat([native[0], torch.zeros_like(native[0]), native[1]]),
+    lambda m, hf: [hf.chunk(3)[0], hf.chunk(3)[2]],
+)
+ROTARY = HfRule(lambda m, native: _rotary_frequencies(m), lambda m, hf: [])
+
+
+def hf_parameters(model: ModelConfig) -> dict[str, tuple[HfRule, tuple[int, ...], tuple[str, ...]]]:
+    """Every tensor of a Hugging Face folder of a whole model, to its rule, its shape and the released tensors it is
+    made of, in the released order of modules.
+
+    The rotary frequencies are made of none: fp32 numbers that follow from the configuration, which the released code
+    wants to find.
+    """
+    shapes = released_shapes(model)
+    frequencies = tuple(_rotary_frequencies(model).shape)
+    table: dict[str, tuple[HfRule, tuple[int, ...], tuple[str, ...]]] = {}
+    for name, shape in shapes.items():
+        hf_name = name if name.startswith("project_") else f"model.{name}"
+        if name.endswith("attn.q_bias"):
+            v_bias = name.replace("q_bias", "v_bias")
+            table[hf_name.replace("q_bias", "qkv.bias")] = QKV_BIAS, (3 * shape[0],), (name, v_bias)
+        elif not name.endswith("attn.v_bias"):
+            table[hf_name] = AS_IT_IS, shape, (name,)
+        if name.endswith("self_attn.o_proj.weight"):
+            table[hf_name.replace("o_proj.weight", "rotary_emb.inv_freq")] = ROTARY, frequencies, ()
+    return table
 
 
 def rule_of(name: str, first_layer: int) -> tuple[Rule, tuple[str, ...]]:

@@ -7,8 +7,8 @@ encoded the picture. ARCHITECTURE.md explains why.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -54,11 +54,13 @@ class Prepared:
     """[R, E] embeddings that this rank loaded instead of pictures."""
     seconds: dict[str, float]
     """Wall time so far."""
+    own: list[PackedSequence]
+    """The sequences that this rank loaded."""
 
 
 @dataclass
 class StepOutput:
-    """What a forward and backward pass found out; the same on every rank except `moments` and `seconds`."""
+    """What a forward and backward pass found out; the same on every rank except `moments` and what follows it."""
 
     text_loss: Tensor
     """fp32 scalar: mean cross-entropy over all text targets of the global batch, 0 if there are none."""
@@ -70,7 +72,14 @@ class StepOutput:
     moments: Tensor
     """fp64 [2 E + 1]: over the regressed embeddings v of this rank's sequences, sum v | sum v² | count."""
     seconds: dict[str, float]
-    """Wall time of each phase on this rank; of encoding ahead of time, only what was waited for."""
+    """Wall time of each phase on this rank; of encoding ahead of time, only what was waited for. `own`: what this rank
+    took of it by itself, without waiting for others, in loading and encoding."""
+    losses_M2: Tensor = field(default_factory=lambda: torch.zeros(0, 2))
+    """fp32 [M, 2], on the last stage: what each micro-batch adds to the losses, as far as this rank computes it."""
+    finite_R: Tensor = field(default_factory=lambda: torch.ones(0, dtype=torch.bool))
+    """bool [R]: whether each of the replica's gathered embeddings is finite."""
+    flags: Tensor = field(default_factory=lambda: torch.zeros(0))
+    """fp32: on how many ranks each flag was up; the same on every rank."""
 
 
 class ThreePhaseStep:
@@ -106,6 +115,8 @@ class ThreePhaseStep:
         self.keeps = self.trains_encoder and config.training.encoder_keep_activations
         self.in_background = background() if config.training.encoder_prefetch else None
         self.fingerprint: str | None = None
+        self.entered: Callable[[str], None] = lambda phase: None
+        """Told every phase when it begins."""
 
     def prepare(self, own: list[PackedSequence]) -> Prepared:
         """Phase 0: tell the replica what this rank loaded, and share out the pictures.
@@ -116,6 +127,7 @@ class ThreePhaseStep:
         Raises:
             FeaturesError: features were computed by another encoder, or the encoder is trained.
         """
+        self.entered("exchange")
         clock = _Clock({})
         stored_RE = self._stored(own)
         tokens_NS, roles_NS = exchange.gather_sequences(
@@ -131,36 +143,44 @@ class ThreePhaseStep:
         encode: Callable[[], list[Tensor]] = partial(self._encode, chunks)
         if self.in_background is not None:
             encode = self.in_background(encode)
-        return Prepared(tokens_NS, roles_NS, counts, placement, chunks, encode, stored_RE, clock.seconds)
+        return Prepared(tokens_NS, roles_NS, counts, placement, chunks, encode, stored_RE, clock.seconds, own)
 
-    def __call__(self, batch: Prepared, force_all_reduce: bool = False) -> StepOutput:
+    def __call__(self, batch: Prepared, force_all_reduce: bool = False, flags: Sequence[bool] = ()) -> StepOutput:
         """Run all phases on a prepared batch, once.
 
         Args:
             batch: from `prepare`.
             force_all_reduce: leave whole summed gradients on every rank instead of the optimizer's shards.
+            flags: what this rank wants all to know: they are counted where the losses are summed.
         """
+        self.entered("encode")
         clock = _Clock(batch.seconds)
         encoded = batch.encode()
+        clock.own()
         own_RE = torch.cat([*(rows_RE.detach() for rows_RE in encoded), batch.stored_RE])
         gathered_RE = exchange.gather_rows(own_RE, batch.placement.block, self.replica)
         clock.lap("encode")
+        # A sum is finite if all are; in fp32, what is in half the bits cannot overflow it.
+        finite_R = gathered_RE.sum(1, dtype=torch.float32).isfinite()
 
+        self.entered("decode")
         collects = self.trains_encoder and self.here.first_stage and self._holds_own_rows
         grads_RE = torch.zeros_like(gathered_RE) if collects else None
         batches = [self._micro_batches(batch, gathered_RE, grads_RE, stage.module) for stage in self.stages]
-        losses = self._decode(batches, batch.counts, force_all_reduce)
+        total, losses_M2 = self._decode(batches, batch.counts, force_all_reduce, flags)
         clock.lap("decode")
 
         if self.trains_encoder:
+            self.entered("encoder_backward")
             home_RE = exchange.return_rows(
                 torch.zeros_like(gathered_RE) if grads_RE is None else grads_RE, len(own_RE), self.replica
             )
             self._encoder_backward(batch.chunks, encoded, home_RE, force_all_reduce)
         clock.lap("encoder_backward")
-        text_loss, image_loss = losses
         moments = self._moments(batch, gathered_RE)
-        return StepOutput(text_loss, image_loss, batch.counts, moments, clock.seconds)
+        return StepOutput(
+            total[0], total[1], batch.counts, moments, clock.seconds, losses_M2, finite_R, flags=total[2:]
+        )
 
     # Phase 0 ------------------------------------------------------------------------------------------------------
 
@@ -254,8 +274,11 @@ class ThreePhaseStep:
             samples = None if self.config.data.attend_across_samples else cu_seqlens(roles_NS[chosen])
             yield MicroBatch(tokens_BS, Targets(*indices), features_RE, None if samples is None else to_device(samples))
 
-    def _decode(self, batches: list[Iterator[MicroBatch]], counts: Tensor, force_all_reduce: bool) -> Tensor:
-        """The pipeline schedule. Returns fp32 [2] losses of the global batch: text, image."""
+    def _decode(
+        self, batches: list[Iterator[MicroBatch]], counts: Tensor, force_all_reduce: bool, flags: Sequence[bool]
+    ) -> tuple[Tensor, Tensor]:
+        """The pipeline schedule. Returns fp32 [2 + flags] losses of the global batch (text, image) and counted flags,
+        and `StepOutput.losses_M2`."""
         training = self.config.training
         weights = torch.tensor([training.text_loss_weight, training.image_loss_weight], device=counts.device)
         elements = torch.tensor([1, self.config.model.encoder.hidden_size], device=counts.device)
@@ -271,12 +294,13 @@ class ThreePhaseStep:
             forward_only=False,
             force_all_reduce=force_all_reduce,
         )
-        total = torch.zeros(2, device=counts.device)
+        losses_M2 = torch.zeros(0, 2, device=counts.device)
         if self.here.last_stage:
-            once = torch.tensor([self.here.tp_rank == 0, self._holds_own_rows], device=total.device)
-            total += torch.stack([part["losses"] for part in parts]).sum(0) * once
+            once = torch.tensor([self.here.tp_rank == 0, self._holds_own_rows], device=counts.device)
+            losses_M2 = torch.stack([part["losses"] for part in parts]) * once
+        total = torch.cat([losses_M2.sum(0), torch.tensor(flags, dtype=torch.float32, device=counts.device)])
         dist.all_reduce(total, group=topology.world_group())
-        return total
+        return total, losses_M2
 
     # Phase 3 ------------------------------------------------------------------------------------------------------
 
@@ -344,6 +368,11 @@ class _Clock:
     def __init__(self, seconds: dict[str, float]) -> None:
         self.seconds = seconds
         self._last = time.perf_counter()
+
+    def own(self) -> None:
+        """What was done since the last lap was this rank's own work."""
+        synchronize()
+        self.seconds["own"] = self.seconds.get("own", 0.0) + time.perf_counter() - self._last
 
     def lap(self, phase: str) -> None:
         synchronize()

@@ -12,6 +12,8 @@ from typing import Any
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from emu2_megatron.config.schema import Config
 from emu2_megatron.platform import device
@@ -106,7 +108,12 @@ def start(backend: str = device.BACKEND) -> None:
     if dist.is_initialized():
         return
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        store, rank, world_size = next(rendezvous("env://"))
+        # torchrun's store outlives a restart, and the addresses in it the processes they were of: under the same names
+        # ranks would wait for the dead.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        own = PrefixStore(f"emu2_attempt_{attempt}", store)
+        dist.init_process_group(backend, store=own, rank=rank, world_size=world_size)
     else:
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, rank=0, world_size=1, store=store)

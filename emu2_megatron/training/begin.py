@@ -68,14 +68,15 @@ def _locked(directory: Path) -> tuple[IO[str] | None, str]:
     return lock, ""
 
 
-def begin(config: Config, engine: Engine, loader: Loader) -> tuple[int, list[str]]:
+def begin(config: Config, engine: Engine, loader: Loader) -> tuple[dict[str, Any], list[str]]:
     """Fill engine and loader from what the configuration says; called by all ranks together.
 
     Checkpoints in the directory that are later than what is resumed from get another name: this run saves those steps
     again.
 
     Returns:
-        The steps that are done, and what there is to say about it.
+        What the checkpoint's trainer.json says (of `step`, the steps that are done, if there is none), and what there
+        is to say about it.
 
     Raises:
         CheckpointError: what was asked for cannot be loaded.
@@ -85,9 +86,8 @@ def begin(config: Config, engine: Engine, loader: Loader) -> tuple[int, list[str
         try:
             trainer = load(path, engine)
             loader.load_state(trainer["data"])
-            step = int(trainer["step"])
-            moved = _set_aside(config, step)
-            return step, [f"resumed from {path}: step {step} is done", *moved]
+            moved = _set_aside(config, int(trainer["step"]))
+            return trainer, [f"resumed from {path}: step {trainer['step']} is done", *moved]
         except CheckpointError as error:
             if path == found[-1] or not config.checkpoint.older_if_damaged:
                 raise CheckpointError(f"{error}{_hint(config, path, found)}") from error
@@ -95,8 +95,8 @@ def begin(config: Config, engine: Engine, loader: Loader) -> tuple[int, list[str
                 print(f"{error}; trying an older checkpoint", flush=True)
     if source := config.checkpoint.initialize_from:
         load_weights(source, engine)
-        return 0, [f"weights are those of {source}"]
-    return 0, []
+        return {"step": 0}, [f"weights are those of {source}"]
+    return {"step": 0}, []
 
 
 def _set_aside(config: Config, step: int) -> list[str]:

@@ -15,10 +15,16 @@ from emu2_megatron.config.loading import to_yaml
 from emu2_megatron.config.schema import Config
 from emu2_megatron.config.validate import replica_size
 from emu2_megatron.data.tokenizer import tokenizer_for
-from emu2_megatron.errors import ConfigError, Emu2Error, PeerLost
+from emu2_megatron.errors import ConfigError, Emu2Error, PeerLost, Stopped
 from emu2_megatron.parallel import estimate_memory
 from emu2_megatron.parallel.estimate_memory import Work
 from emu2_megatron.platform import kernels
+
+EXIT_CODES = {signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGUSR1: os.EX_TEMPFAIL}
+"""What a run that a signal asked to end returns once it has saved: SIGTERM's is the shell's for it, SIGUSR1's means
+"start me again". Neither is 0: torchrun, SLURM's dependencies and Kubernetes would take the run for finished."""
+SECONDS_TO_SAVE = "300"
+"""How long the launcher waits for ranks that it has told to end."""
 
 
 def train(config: Config, nproc_per_node: int | None = None) -> None:
@@ -27,6 +33,7 @@ def train(config: Config, nproc_per_node: int | None = None) -> None:
     Raises:
         ConfigError: this machine cannot hold the processes or the model or cannot run FP8, or an earlier run's
             checkpoints are there.
+        Stopped: the run was asked to end, and has saved.
         Emu2Error: a rank failed.
     """
     kernels.require_fp8(config.fp8)
@@ -99,7 +106,8 @@ def _check_directory(config: Config) -> None:
     ):
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            earlier = sorted(path.name for path in directory.glob(pattern))
+            # A run that ended before its first step leaves an empty log.
+            earlier = sorted(path.name for path in directory.glob(pattern) if path.is_dir() or path.stat().st_size)
         except OSError as error:
             raise ConfigError(f"{key}: {directory} cannot be used: {error}") from error
         if not os.access(directory, os.W_OK):
@@ -153,7 +161,11 @@ def _launch(config: Config, processes: int) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # glibc gives threads arenas of their own, in which what decoding frees stays for long: memory would creep up.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
+    # Ranks that are told to end finish their step and save first.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS_TO_SAVE)
     arguments = ["--standalone", f"--nproc-per-node={processes}", "-m", "emu2_megatron.cli"]
+    if "--signals-to-handle" in run.get_args_parser().format_help():  # newer than the oldest torch we take
+        arguments.insert(0, "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     # Not in the run's own directory, which may turn out to be another run's.
     with tempfile.TemporaryDirectory(prefix="emu2-") as folder:
         resolved = Path(folder) / "config.yaml"
@@ -161,10 +173,14 @@ def _launch(config: Config, processes: int) -> None:
         try:
             run.main([*arguments, "train", "--config", str(resolved)])
         except SignalException as error:
+            if code := EXIT_CODES.get(error.sigval):
+                raise Stopped("", code) from error  # rank 0 has said it
             raise KeyboardInterrupt from error
         except ChildFailedError as error:
             codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            first, _ = error.get_first_failure()
+            first, failure = error.get_first_failure()
+            if failure.exitcode in EXIT_CODES.values():
+                raise Stopped("", failure.exitcode) from None
             raise Emu2Error(_failed(codes, first)) from None
 
 

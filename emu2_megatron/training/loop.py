@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from emu2_megatron.config.loading import to_yaml
 from emu2_megatron.config.schema import Config
 from emu2_megatron.data.loader import Loader, State, merged
 from emu2_megatron.data.tokenizer import tokenizer_for
+from emu2_megatron.errors import Stopped
 from emu2_megatron.parallel import topology, wrap
 from emu2_megatron.parallel.three_phase import Prepared
 from emu2_megatron.training import begin
+from emu2_megatron.training.guards import Guards
 from emu2_megatron.training.launch import checkpoint_directory
 from emu2_megatron.training.meters import Meter, peak
 from emu2_megatron.training.step import train_step
@@ -24,13 +26,18 @@ from emu2_megatron.training.writers import Writers
 
 
 def run(config: Config) -> None:
-    """Train on this rank until the last step. `config` is validated; torchrun's environment says which rank this is."""
+    """Train on this rank until the last step. `config` is validated; torchrun's environment says which rank this is.
+
+    Raises:
+        Stopped: the run was asked to end earlier, and has saved.
+        Emu2Error: it cannot go on.
+    """
     topology.start()
     try:
         _train(config)
     finally:
         # After an error the other ranks may be waiting in a collective: leave without asking them.
-        if sys.exc_info()[0] is None:
+        if sys.exc_info()[0] in (None, Stopped):
             topology.stop()
 
 
@@ -42,17 +49,20 @@ def _train(config: Config) -> None:
     slots = here.slots(config.training.global_batch_size)
     with begin.only_run(config), Loader(config, tokenizer, slots, quarantine=quarantine) as loader:
         engine = wrap.build(config, here)
-        done, lines = begin.begin(config, engine, loader)
+        trainer, lines = begin.begin(config, engine, loader)
         writers = None
         if here.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.yaml").write_text(to_yaml(config))
-            writers = Writers(config, done)
+            writers = Writers(config, int(trainer["step"]))
         say = writers.say if writers else _say_nothing
         for line in lines:
             say(line)
+        guards = Guards(config, engine, say)
+        guards.load_state(trainer.get("guards", {}))
         try:
-            saved = _steps(config, engine, loader, writers, say, done)
+            with guards:
+                saved = _steps(config, engine, loader, guards, writers, int(trainer["step"]))
         finally:
             if writers:
                 writers.close()
@@ -66,42 +76,67 @@ def _say_nothing(_: str) -> None:
 
 
 def _steps(
-    config: Config, engine: wrap.Engine, loader: Loader, writers: Writers | None, say: Callable[[str], None], done: int
+    config: Config, engine: wrap.Engine, loader: Loader, guards: Guards, writers: Writers | None, done: int
 ) -> str:
-    """All steps after the first `done`, logs and checkpoints; returns where the last checkpoint is."""
+    """All steps after the first `done`, logs and checkpoints; returns where the last checkpoint is.
+
+    Raises:
+        Stopped: the run was asked to end earlier, and has saved.
+    """
     saved = ""
     best, what_is_counted = peak(config)
-    say(what_is_counted)
+    guards.say(what_is_counted)
     meter = Meter(config, best)
-    saver = Saver(config.checkpoint, checkpoint_directory(config), engine, say)
-    for step, (batch, place, skipped) in enumerate(_batches(config, engine, loader, done), start=done + 1):
-        report = train_step(engine, config, batch, step - 1)
-        meter.add(report)
-        last = step == config.training.steps
+    saver = Saver(config.checkpoint, checkpoint_directory(config), engine, guards.say)
+    for step, (batch, place, skipped) in enumerate(_batches(config, engine, loader, guards, done), start=done + 1):
+        stop = None
+        if guards.leaves_out(step):
+            guards.say(f"step {step}: left out (guards.steps_to_skip)")
+        else:
+            report = train_step(engine, config, batch, step - 1, guards.flags, guards.judge)
+            meter.add(report)
+            guards.after(step, batch, report)
+            stop = guards.stop(report)
+        guards.watchdog.enter("log")
+        if step == config.training.steps:
+            stop = None  # the run is over anyway
+        last = step == config.training.steps or stop is not None
         if writers:
             writers.advance(step)
-        if step == 1 or last or step % config.logging.every == 0:
-            record = meter.record(step, report, skipped)
+        if meter.steps and (step == 1 or last or step % config.logging.every == 0):
+            record = meter.record(step, report, skipped, guards.skipped)
+            guards.stragglers(meter.z_scores)
             meter = Meter(config, best)
             if writers:
                 writers.write(record)
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
-            saved = str(saver.save(step, {"data": _of_all_ranks(place)}))
+            guards.watchdog.enter("save")
+            guards.watchdog.progressed()
+            saved = str(saver.save(step, {"data": _of_all_ranks(place), "guards": guards.state()}))
+        guards.watchdog.progressed()
+        if stop:
+            saver.finish()
+            raise stop
     saver.finish()
     return saved
 
 
-def _batches(config: Config, engine: wrap.Engine, loader: Loader, done: int) -> Iterator[tuple[Prepared, State, int]]:
+def _batches(
+    config: Config, engine: wrap.Engine, loader: Loader, guards: Guards, done: int
+) -> Iterator[tuple[Prepared, State, int]]:
     """The batch of every step after the first `done`, the place in the data after it, and the samples skipped until
     then; prepared one step ahead if the encoder runs ahead."""
     ahead: deque[tuple[Prepared, State, int]] = deque()
-    for left in range(config.training.steps - done, 0, -1):
+    for step in range(done + 1, config.training.steps + 1):
+        guards.watchdog.begin(step)
+        left = config.training.steps + 1 - step
         while len(ahead) < min(left, 1 + config.training.encoder_prefetch):
+            guards.watchdog.enter("load")
             start = time.perf_counter()
             own = next(loader)
             load_seconds = time.perf_counter() - start
             batch = engine.step.prepare(own)
-            batch.seconds["load"] = load_seconds
+            batch.seconds["load"] = batch.seconds["own"] = load_seconds
             ahead.append((batch, loader.state(), sum(loader.skipped.values())))
         yield ahead.popleft()
 

@@ -14,6 +14,7 @@ from emu2_megatron.parallel import topology
 from emu2_megatron.parallel.wrap import PARTS
 from emu2_megatron.platform import gpus
 from emu2_megatron.platform.device import device
+from emu2_megatron.training.guards import z_scores
 from emu2_megatron.training.step import StepReport
 
 
@@ -58,9 +59,14 @@ class Meter:
     config: Config
     peak: float
     """FLOP/s of a rank at best."""
+    steps: int = 0
+    """Steps taken in."""
+    z_scores: list[float] = field(default_factory=list)
+    """Of the latest record: by rank, how much slower than the others it was in its own work (`guards.z_scores`)."""
     _started: float = field(default_factory=time.perf_counter)
-    _steps: int = 0
     _sums: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    _targets: Tensor = field(default_factory=lambda: torch.zeros(2, dtype=torch.float64))
+    """What `_sums` are over: the counts of steps without a problem."""
     _counts: Tensor = field(default_factory=lambda: torch.zeros(6, dtype=torch.int64))
     _could_encode: int = 0
     _moments: Tensor | float = 0.0
@@ -70,41 +76,51 @@ class Meter:
         """Take in one step."""
         output = report.output
         counts, by_replica = output.counts.cpu().tensor_split([6])
-        self._steps += 1
-        self._sums += torch.tensor([report.text_loss, report.image_loss]).double() * counts[:2]
+        self.steps += 1
+        if not report.problem:
+            self._sums += torch.tensor([report.text_loss, report.image_loss]).double() * counts[:2]
+            self._targets += counts[:2]
+            self._moments = self._moments + output.moments
         self._counts += counts
         self._could_encode += int(by_replica.max()) * len(by_replica)
-        self._moments = self._moments + output.moments
         for phase, seconds in output.seconds.items():
             self._seconds[phase] = self._seconds.get(phase, 0.0) + seconds
 
-    def record(self, step: int, report: StepReport, skipped: int) -> dict[str, Any]:
-        """Everything worth logging since the last record; called by all ranks together.
+    def record(self, step: int, report: StepReport, skipped: int, skipped_steps: int = 0) -> dict[str, Any]:
+        """Everything worth logging since the last record; called by all ranks together. There were steps since.
 
-        The gradient norm is None if the latest update was skipped.
+        The gradient norm is None if the latest update was skipped; the losses are None if all of them had a problem.
 
         Args:
             step: updates done.
             report: the latest step.
             skipped: samples this rank has skipped since the run began.
+            skipped_steps: steps whose update was skipped for a problem since the run began.
         """
-        assert isinstance(self._moments, Tensor)
-        shared = torch.cat([self._moments, self._moments.new_tensor([skipped])]).to(device())
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        others = torch.zeros(1 + world_size, dtype=torch.float64)
+        others[0], others[1 + rank] = skipped, self._seconds.get("own", 0.0)
+        moments = torch.zeros_like(report.output.moments) + self._moments
+        shared = torch.cat([others.to(device()), moments])
         dist.all_reduce(shared, group=topology.world_group())
         elapsed = time.perf_counter() - self._started
-        losses = self._sums / self._counts[:2].clamp(min=1)
+        self.z_scores = z_scores(shared[1 : 1 + world_size].tolist(), elapsed)
+        slowest = max(range(world_size), key=self.z_scores.__getitem__)
+        learnt = bool(self._targets.any())
+        losses = (self._sums / self._targets.clamp(min=1)).tolist() if learnt else [None, None]
         regressed, pictures, sequences, encoded, padding = (int(n) for n in self._counts[1:])
         tokens = sequences * self.config.data.sequence_length
         done = flops.step_flops(self.config, sequences, pictures, encoded, regressed)
         achieved = done.total / elapsed / dist.get_world_size()
         return {
             "step": step,
-            "text_loss": float(losses[0]),
-            "image_loss": float(losses[1]),
-            "mean_predictor_image_loss": mean_predictor_loss(shared[:-1]),
+            "text_loss": losses[0],
+            "image_loss": losses[1],
+            "mean_predictor_image_loss": mean_predictor_loss(shared[1 + world_size :]) if learnt else None,
             "grad_norm": report.grad_norm,
             "loss_scale": report.loss_scale,
             "skipped_updates": report.skipped_updates,
+            "skipped_steps": skipped_steps,
             **{f"lr_{part}": getattr(self.config.optimizer, f"{part}_lr") * report.lr_factor for part in PARTS},
             "padding_share": padding / tokens,
             "encoder_balance": encoded / self._could_encode if encoded else 1.0,
@@ -112,7 +128,9 @@ class Meter:
             "images_per_second": pictures / elapsed,
             "tflops_per_second": achieved / 1e12,
             "mfu": achieved / self.peak,
-            "step_seconds": elapsed / self._steps,
-            **{f"{phase}_seconds": seconds / self._steps for phase, seconds in self._seconds.items()},
-            "skipped_samples": int(shared[-1]),
+            "slowest_rank": slowest,
+            "slowest_rank_z": self.z_scores[slowest],
+            "step_seconds": elapsed / self.steps,
+            **{f"{phase}_seconds": seconds / self.steps for phase, seconds in self._seconds.items()},
+            "skipped_samples": int(shared[0]),
         }

@@ -1,6 +1,6 @@
 """A plan as one HTML file: inline SVG and CSS, nothing loaded from anywhere."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from emu2_megatron.parallel import schedule
@@ -42,6 +42,11 @@ def page(plan: Plan, top: int) -> str:
     """The whole page."""
     layouts, request = shown(plan, top), plan.request
     best = layouts[0]
+    marked = {str(i): layout for i, layout in enumerate(layouts, 1)}
+    given = ""
+    if isinstance(plan.recipe, Estimate):
+        marked["*"] = plan.recipe
+        given = "* as the configuration has it. "
     title = f"{request.config.model.preset} on {request.gpus} {request.gpu}"
     described = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts(plan).items())
     limit, whole = request.memory_limit, request.device.memory
@@ -57,11 +62,11 @@ def page(plan: Plan, top: int) -> str:
 <p class="note">{escape(assumptions())}</p>
 <dl>{described}</dl>
 <h2>Layouts, fastest first</h2>
-{_table(layouts)}
-<p class="note">To train with the first: <code>{escape(overrides(best))}</code></p>
+{_table(marked)}
+<p class="note">{given}To train with the first: <code>{escape(overrides(best))}</code></p>
 <h2>Memory of the fullest rank</h2>
 {_legend(CATEGORIES)}
-{_memory([(name_of(item), item.fullest) for item in layouts], limit, whole)}
+{_memory([(f"{mark} {name_of(item)}", item.fullest) for mark, item in marked.items()], limit, whole)}
 <h2>Memory of the first layout, stage by stage</h2>
 {_memory(stages, limit, whole)}
 <h2>One step of the first layout</h2>
@@ -78,7 +83,7 @@ def page(plan: Plan, top: int) -> str:
 """
 
 
-def _table(layouts: Sequence[Estimate]) -> str:
+def _table(layouts: Mapping[str, Estimate]) -> str:
     heads = (
         "",
         "layout",
@@ -93,9 +98,9 @@ def _table(layouts: Sequence[Estimate]) -> str:
         "GB sent",
     )
     rows = []
-    for i, item in enumerate(layouts, 1):
+    for mark, item in layouts.items():
         cells = (
-            str(i), name_of(item), str(item.config.training.micro_batch_size), item.config.training.recompute,
+            mark, name_of(item), str(item.config.training.micro_batch_size), item.config.training.recompute,
             f"{item.fullest.total / 1e9:.3g}", f"{item.bubble:.1%}", f"{item.step_seconds:.3g}",
             f"{item.tokens_per_second:,.0f}", f"{item.mfu:.1%}", f"{item.days:.3g}",
             f"{sum(item.exchanged.values()) / 1e9:.3g}",

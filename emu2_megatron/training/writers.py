@@ -92,7 +92,8 @@ class Writers:
             ("padding, share of tokens", "padding_share"),
             ("balance of the encoder", "encoder_balance"),
             ("samples skipped", "skipped_samples"),
-            ("updates skipped", "skipped_updates"),
+            ("updates skipped, overflows", "skipped_updates"),
+            ("  for a problem", "skipped_steps"),
         ):
             table.add_row(label, _short(first[name]), _short(last[name]))
         for label, name in (
@@ -137,6 +138,11 @@ def _short(value: float | None) -> str:
 
 def _line(record: dict[str, Any]) -> str:
     """One line that a person can follow."""
+    text, image, mean = (
+        "skipped" if record[f"{name}_loss"] is None else f"{record[f'{name}_loss']:.4f}"
+        for name in ("text", "image", "mean_predictor_image")
+    )
+    losses = f"text {text} | image {image} (mean {mean})"
     phases = " ".join(f"{phase.replace('_', ' ')} {record[f'{phase}_seconds'] * 1e3:.0f}" for phase in PHASES)
     skipped = f" | skipped {record['skipped_samples']}" if record["skipped_samples"] else ""
     scale = f" scale {record['loss_scale']:g}" if record["loss_scale"] != 1 else ""
@@ -144,8 +150,7 @@ def _line(record: dict[str, Any]) -> str:
     padding = f" | padding {record['padding_share']:.0%}" if record["padding_share"] > 0.005 else ""
     balance = f" | encoder balance {record['encoder_balance']:.0%}" if record["encoder_balance"] < 0.995 else ""
     return (
-        f"step {record['step']:>6} | text {record['text_loss']:.4f} | image {record['image_loss']:.4f} "
-        f"(mean {record['mean_predictor_image_loss']:.4f}) | norm {_short(record['grad_norm'])}{scale} | "
+        f"step {record['step']:>6} | {losses} | norm {_short(record['grad_norm'])}{scale} | "
         f"{record['tokens_per_second']:.0f} tokens/s {record['images_per_second']:.1f} images/s "
         f"MFU {record['mfu']:.1%}{padding}{balance}{skipped} | ms: {phases}"
     )

@@ -2,8 +2,9 @@
 
 from math import prod
 
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emu2_megatron.checkpoint.pieces import Pieces, Region, add, boxes
@@ -11,6 +12,7 @@ from emu2_megatron.checkpoint.pieces import Pieces, Region, add, boxes
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple)
 
 
+@settings(deadline=None)
 @given(SHAPES, st.data())
 def test_boxes_are_the_run(shape: tuple[int, ...], data: st.DataObject) -> None:
     start = data.draw(st.integers(0, prod(shape)))
@@ -26,6 +28,7 @@ def test_boxes_are_the_run(shape: tuple[int, ...], data: st.DataObject) -> None:
     assert len(found) <= 2 * len(shape) - 1
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(1, 4), st.data())
 def test_pieces_of_a_tensor_whose_rows_stand_apart(rows: int, columns: int, data: st.DataObject) -> None:
     """A rank's tensor of 2 rows halves, as of a gated MLP: each element must land where the whole has it, as a view."""
@@ -55,3 +58,14 @@ def test_rows_in_no_region_are_left_out() -> None:
     padding = Pieces((3, 2), torch.float32)
     add(padding, (4, 2), [Region(0, 0, (4, 0))], 0, torch.arange(8.0))
     assert padding.boxes == {} and padding.nbytes == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_finite(dtype: torch.dtype, value: float) -> None:
+    boxes = {(0,): torch.zeros(5, dtype=dtype), (5,): torch.ones(2, dtype=dtype)}
+    pieces = Pieces((7,), dtype, boxes)
+    assert pieces.finite and Pieces((7,), dtype).finite
+    boxes[(5,)][1] = value
+    assert not pieces.finite
+    assert Pieces((1,), torch.uint8, {(0,): torch.ones(1, dtype=torch.uint8)}).finite

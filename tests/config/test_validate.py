@@ -83,6 +83,7 @@ MAY_BE_ZERO = {
     "fp8.first_layers_bf16",
     "fp8.last_layers_bf16",
     "fp8.margin",
+    "guards.spike_factor",
 }
 
 
@@ -122,6 +123,9 @@ def test_two_ways_of_blending():
         ("data__sequence_length", 2048, 2049),
         ("data__sequence_length", 8, 7),
         ("data__max_bad_share", 1.0, 1.01),
+        ("guards__spike_factor", 1.5, 1.0),
+        ("guards__steps_to_skip", (1, 20350), (0,)),
+        ("guards__steps_to_skip", (), (20351,)),
         ("data__phrase_first_probability", 1.0, 1.01),
         ("data__video_frames", (4, 6, 8), (8, 0)),
         ("data__document_pictures", 8, 7),  # data.video_frames is 8
@@ -268,7 +272,7 @@ def test_odd_heads_cannot_be_rotated():
 
 def test_data_has_to_be_given():
     assert error_of(changed(TINY, data__shards=())) == (
-        "data.shards: []; give tar shards, `python tools/make_shards.py --help` makes them"
+        "data.shards: []; give tar shards; `emu2 shards --input FOLDER --output FOLDER` makes them"
     )
     assert error_of(changed(TINY, data__tokenizer="")) == (
         "data.tokenizer: ''; give the path of a SentencePiece tokenizer.model"
@@ -286,7 +290,7 @@ def test_files(tmp_path):
     for pattern in ("a.tar", "*.tar", "**/*.tar", "[b].tar"):
         validate.validate_files(config(pattern))
     for bad, said in [
-        (config("c*.tar"), f"data.shards: {tmp_path}/c*.tar matches no file; give tar shards, `python tools/make_sh"),
+        (config("c*.tar"), f"data.shards: {tmp_path}/c*.tar matches no file; give tar shards; `emu2 shards --inp"),
         (config("a.tar", "nowhere"), f"data.tokenizer: {tmp_path}/nowhere is not a file; give the path of a Sentence"),
         (config("a.tar", ""), f"data.tokenizer: {tmp_path} is not a file"),
     ]:

@@ -28,6 +28,9 @@ def test_a_page_of_any_data(tmp_path: Path, make_png: Callable[..., bytes]) -> N
     asked = ("data", "inspect", "--config", "tiny_interleaved", f"data.shards=[{tmp_path}/0.tar]")
     done = emu2(*asked, "--output", str(tmp_path / "new" / "page.html"), "--rows", "20")
     assert done.returncode == 0, done.stderr
+    warning = done.stderr.splitlines()[-1]
+    assert warning.startswith("emu2: ") and " of the 160 samples cannot be used" in warning
+    assert warning.endswith("Training would end: data.max_bad_share is 0.05")
     page = (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
     assert page.count("Row ") >= 20 and "20 packed sequences" in page
     assert "good1" in page and "data:image/" in page and "skipped: sample does not follow the format" in page

@@ -195,9 +195,9 @@ def test_patterns(tmp_path: Path) -> None:
     # The literal path is taken although it reads as a glob; a shard matched twice counts once.
     index = ShardIndex([f"{tmp_path}/[x].tar", f"{tmp_path}/b.tar", f"{tmp_path}/?.tar", f"{tmp_path}/./a.tar"])
     assert [index.read(i).key for i in range(len(index))] == ["[x]", "a", "b"]
-    with pytest.raises(DataError, match=r"no file matches .*none\*.tar.*make_shards"):
+    with pytest.raises(DataError, match=r"no file matches .*none\*.tar.*emu2 shards"):
         ShardIndex([f"{tmp_path}/a.tar", f"{tmp_path}/none*.tar"])
-    with pytest.raises(DataError, match="data.shards, which is empty.*make_shards"):
+    with pytest.raises(DataError, match="data.shards, which is empty.*emu2 shards"):
         ShardIndex([])
     write_shard(tmp_path / "empty.tar", [])
     with pytest.raises(DataError, match="no samples in .*empty.tar"):

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from emu2_megatron.config.schema import Config, TrainingConfig
-from emu2_megatron.errors import TrainingDiverged
 from emu2_megatron.parallel import topology, wrap
 from emu2_megatron.parallel.loss_scale import SharedLossScale
 from emu2_megatron.training.step import train_step
@@ -30,19 +29,22 @@ def worker(_rank: int, config: Config, culprit: tuple[int, str], bad: list[int])
     if here.rank == culprit[0]:
         parameters[culprit[1]].register_hook(lambda grad: grad * float("inf") if now in bad else grad)
     reports: list[list[Any]] = []
-    message = ""
+    problems = []
     for now in range(3):
         before = _weights(engine)
-        try:
-            report = train_step(engine, config, engine.step.prepare(own), now)
-            reports.append([report.loss_scale, report.skipped_updates, report.grad_norm is None])
-        except TrainingDiverged as error:
-            message = str(error)
+        report = train_step(engine, config, engine.step.prepare(own), now)
+        reports.append([report.loss_scale, report.skipped_updates, report.grad_norm is None])
+        problems.append(report.problem)
         after = _weights(engine)
         reports[-1] += [not torch.equal(before[part], after[part]) for part in ("decoder", "encoder")]
     updates = {float(state["step"]) for part in engine.optimizer.chained_optimizers
                for state in part.optimizer.state.values() if "step" in state}  # fmt: skip
-    return {"reports": reports, "message": message, "updates": sorted(updates), "next": float(engine.loss_scale.scale)}
+    return {
+        "reports": reports,
+        "problems": problems,
+        "updates": sorted(updates),
+        "next": float(engine.loss_scale.scale),
+    }
 
 
 def _weights(engine: wrap.Engine) -> dict[str, torch.Tensor]:
@@ -75,16 +77,20 @@ def test_one_rank_overflows(name: str) -> None:
             [SCALE / 2, 1, False, True, True],
         ]
         assert result["updates"] == [2.0] and result["next"] == SCALE / 2
+        assert result["problems"] == ["", "", ""]
 
 
 def test_overflow_at_the_smallest_scale() -> None:
-    """Two halvings from 4 to 1, then the model is to blame: all ranks raise, and the weights are those of the start."""
+    """Two halvings from 4 to 1, then the model is to blame: all ranks say so, weights and scale stay as they are."""
     config = harness.config(tp=2, pp=2, train_encoder=True, precision="fp16", initial_loss_scale=4.0)
     for result in harness.run(4, worker, config, (3, "encoder"), [0, 1, 2]):
-        assert result["reports"] == [[4.0, 1, True, False, False], [2.0, 2, True, False, False, False, False]]
-        assert result["message"] == (
-            "step 2: gradients are not finite at the smallest loss scale; weights are those before"
-        )
+        assert result["reports"] == [
+            [4.0, 1, True, False, False],
+            [2.0, 2, True, False, False],
+            [1.0, 2, True, False, False],
+        ]
+        assert result["problems"] == ["", "", "gradients are not finite at the smallest loss scale"]
+        assert result["next"] == 1.0
 
 
 def test_scale_doubles_after_enough_good_steps() -> None:

@@ -13,7 +13,8 @@ from emu2_megatron.config.schema import LoggingConfig
 from emu2_megatron.training.writers import PHASES, Writers
 
 FIELDS = ("text_loss image_loss mean_predictor_image_loss tokens_per_second images_per_second step_seconds "
-          "skipped_samples skipped_updates mfu tflops_per_second padding_share encoder_balance").split()  # fmt: skip
+          "skipped_samples skipped_updates skipped_steps mfu tflops_per_second padding_share "
+          "encoder_balance").split()  # fmt: skip
 
 
 def written(folder: Path, *records: dict[str, Any]) -> None:
@@ -35,6 +36,18 @@ def test_skipped_update(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     printed = capsys.readouterr().out
     assert "norm skipped scale 4.29497e+09 |" in printed and "norm 0.5 scale 2.14748e+09 |" in printed
     assert "gradient norm" in printed and "updates skipped" in printed
+
+
+def test_records_without_a_good_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No loss is made up for them; a run in which nothing was left to do has no summary."""
+    none = {"text_loss": None, "image_loss": None, "mean_predictor_image_loss": None, "grad_norm": None}
+    written(tmp_path, none, {})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("loss/text")] == [2]
+    printed = capsys.readouterr().out
+    assert "text skipped | image skipped (mean skipped) | norm skipped" in printed and "text loss" in printed
+    written(tmp_path / "nothing")
+    assert "Summary" not in capsys.readouterr().out
 
 
 def test_balance_is_told_when_it_is_not_perfect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

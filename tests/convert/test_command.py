@@ -1,0 +1,92 @@
+"""`emu2 convert` and the two programs in tools/."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import weights
+from safetensors import safe_open
+
+from emu2_megatron import cli
+from emu2_megatron.config import loading
+from emu2_megatron.convert.command import _bytes
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_there_and_back(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An imported checkpoint brings its model and tokenizer along: nothing else needs to be said."""
+    checkpoint, hf = str(tmp_path / "checkpoint"), str(tmp_path / "hf")
+    assert cli.main(["convert", "from-hf", "--input", str(exported / "hf"), "--output", checkpoint]) == 0
+    config = loading.load(f"{checkpoint}/config.yaml")
+    assert config.data.tokenizer == f"{checkpoint}/tokenizer.model"
+    assert config.model.decoder == weights.shallow().decoder and config.model.encoder == weights.TINY.encoder
+    command = ["convert", "to-hf", "--checkpoint", checkpoint, "--output", hf, "--dtype", "bf16", "--shard-size", "1MB"]
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out == f"wrote {checkpoint}\nwrote {hf}\n"
+    dtypes = set()
+    for file in Path(hf).glob("*.safetensors"):
+        with safe_open(str(file), "pt") as opened:
+            dtypes |= {(name.endswith("inv_freq"), opened.get_tensor(name).dtype) for name in opened.keys()}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
+    assert json.loads(Path(hf, "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(("arguments", "code", "says"), [
+    (["to-hf", "--checkpoint", "nowhere", "--output", "x"], 2, "emu2: --config: nowhere has no config.yaml"),
+    (["to-hf", "--checkpoint", "nowhere", "--output", "x", "--config", "tiny_interleaved", "--no-tokenizer"], 1,
+     "emu2: nowhere is not a complete checkpoint"),
+    (["to-hf", "--checkpoint", "nowhere", "--output", "x", "--config", "tiny_interleaved", "--tokenizer", "y"], 1,
+     "emu2: y is not there: give --tokenizer FILE, or --no-tokenizer"),
+    (["from-hf", "--output", "x"], 2, "emu2: give either --input, or --decoder and --encoder"),
+    (["from-hf", "--output", "x", "--decoder", "y"], 2, "emu2: give either --input, or --decoder and --encoder"),
+    (["from-hf", "--output", "x", "--decoder", "y", "--encoder", "z"], 2, "emu2: --config: say which model"),
+    (["from-hf", "--output", "x", "--input", "y"], 1, "emu2: config.json: No such file or directory"),
+])  # fmt: skip
+def test_one_line_says_what_to_do(
+    arguments: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["convert", *arguments]) == code
+    error = capsys.readouterr().err
+    assert error.startswith(says) and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes() -> None:
+    assert [_bytes(text) for text in ("5GB", "500mb", "1GiB", "1000", "1.5 kB")] == [
+        5 * 10**9,
+        5 * 10**8,
+        2**30,
+        1000,
+        1500,
+    ]
+    for text in ("five", "0", "-1GB", "5TB5"):
+        with pytest.raises(Exception, match="is no size"):
+            _bytes(text)
+
+
+@pytest.mark.slow
+def test_tools(exported: Path, tmp_path: Path) -> None:
+    """As programs, verified, without a word of other libraries' on the way."""
+    environment = {"PYTHONPATH": str(ROOT)}
+    for tool, arguments in (
+        ("convert_from_hf.py", ["--input", str(exported / "hf"), "--output", str(tmp_path / "checkpoint")]),
+        (
+            "convert_to_hf.py",
+            ["--checkpoint", str(tmp_path / "checkpoint"), "--output", str(tmp_path / "hf"), "--verify"],
+        ),
+    ):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "tools" / tool), *arguments], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        assert "megatron" not in done.stderr
+    assert "every bit are right" in done.stdout and "logits: largest difference" in done.stdout
+    wrong = [sys.executable, str(ROOT / "tools" / "convert_to_hf.py"), "--checkpoint", "x", "--output", "y"]
+    done = subprocess.run(wrong, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 2 and done.stderr.startswith("error: --config: ")
