@@ -5,6 +5,7 @@ that breaks it.
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,8 +49,12 @@ NOT_CONSTANT = {"shell": False, "allow_pickle": False, "weights_only": True, "ve
 EVERYWHERE = ("0.0.0.0", "::")
 """Addresses that a server would listen at for anyone."""
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
-ALLOWED = {"emu2_megatron/checkpoint/metadata.py": ["imports pickle"]}
-"""Its unpickler knows only the classes of a table of contents (tests/checkpoint/test_metadata.py)."""
+ALLOWED = {
+    # Its unpickler knows only the classes of a table of contents (tests/checkpoint/test_metadata.py).
+    "emu2_megatron/checkpoint/metadata.py": ["imports pickle"],
+    # It runs code of a folder only if that is this package's own (tests/convert/test_verify.py).
+    "emu2_megatron/convert/verify.py": ["trust_remote_code is the user's to give: pass on what was asked for"],
+}
 
 
 def violations(source: str) -> list[str]:
@@ -123,7 +128,8 @@ def _is(node: ast.expr | None, value: object) -> bool:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_every_file(file: Path) -> None:
-    assert violations(file.read_text(encoding="utf-8")) == ALLOWED.get(str(file.relative_to(ROOT)), [])
+    found = [re.sub(r"^line \d+: ", "", problem) for problem in violations(file.read_text(encoding="utf-8"))]
+    assert found == ALLOWED.get(str(file.relative_to(ROOT)), [])
 
 
 def test_the_files_are_found() -> None:

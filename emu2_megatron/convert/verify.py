@@ -202,6 +202,16 @@ def _engine_outputs(
         topology.stop()
 
 
+def _check_code(export: Path) -> None:
+    """Refuse to run any code but that which every export gets: somebody may have had the folder since."""
+    ours = huggingface.code_files()
+    auto = json.loads((export / "config.json").read_bytes()).get("auto_map", {})
+    modules = {str(name).rpartition(".")[0] + ".py" for name in auto.values()}
+    for name in sorted({file.relative_to(export).as_posix() for file in export.rglob("*.py")} | modules):
+        if name not in ours or (export / name).read_bytes() != ours[name]:
+            raise ConversionError(f"{export} would run {name}, which is not what an export gets: export again")
+
+
 @torch.no_grad()
 def _remote_outputs(
     released: Released, export: Path | None, pixels: Tensor, tokens_BS: Tensor, visual_BS: Tensor
@@ -210,6 +220,7 @@ def _remote_outputs(
     if export is not None:
         from transformers import AutoModelForCausalLM
 
+        _check_code(export)
         model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True, dtype=torch.float32)
     else:
         model = _remote_model(released)

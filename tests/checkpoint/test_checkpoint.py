@@ -12,7 +12,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from emu2_megatron.checkpoint import files
 from emu2_megatron.checkpoint.load import load, load_weights
-from emu2_megatron.checkpoint.save import Saver, _Writer
+from emu2_megatron.checkpoint.save import Saver
+from emu2_megatron.checkpoint.writer import Writer
 from emu2_megatron.config.schema import Config
 from emu2_megatron.errors import CheckpointError
 from emu2_megatron.model import parameters
@@ -178,7 +179,7 @@ def test_a_file_that_cannot_be_written(tmp_path: Path, name: str, capfd: pytest.
     """Whichever of the threads it is that fails: torch's own prints its traceback and goes on without the tensors."""
     (tmp_path / name).mkdir()
     with pytest.raises(CheckpointException) as caught:
-        state_dict_saver.save(STATE, storage_writer=_Writer(tmp_path), no_dist=True)
+        state_dict_saver.save(STATE, storage_writer=Writer(tmp_path, 0), no_dist=True)
     ((error, _),) = caught.value.failures.values()
     assert isinstance(error, IsADirectoryError) and name in str(error)
     assert capfd.readouterr() == ("", "")
@@ -188,7 +189,7 @@ def test_a_file_that_cannot_be_written(tmp_path: Path, name: str, capfd: pytest.
 def test_equal_checkpoints_have_equal_bytes(tmp_path: Path) -> None:
     contents = []
     for i in range(10):
-        state_dict_saver.save(STATE, storage_writer=_Writer(tmp_path / str(i)), no_dist=True)
+        state_dict_saver.save(STATE, storage_writer=Writer(tmp_path / str(i), 0), no_dist=True)
         contents.append({file.name: file.read_bytes() for file in (tmp_path / str(i)).iterdir()})
     assert len(contents[0]) == 3 and all(content == contents[0] for content in contents)
 

@@ -80,3 +80,23 @@ def test_models_that_do_not_fit_are_not_compared() -> None:
 
     why = verify.can_compare_outputs(PRESETS["emu2_37b"])
     assert "need 295.3 GB" in why or "transformers" in why
+
+
+@pytest.mark.parametrize("how", ["changed", "another", "of another repository"])
+def test_code_that_is_not_ours_is_not_run(how: str, exported: Path, tmp_path: Path) -> None:
+    folder = copy_without_manifest(exported, tmp_path)
+    evil = f"open({str(tmp_path / 'made')!r}, 'w')\n"
+    if how == "changed":
+        code = folder / "modeling_emu.py"
+        code.write_text(evil + code.read_text())
+    elif how == "another":
+        (folder / "other.py").write_text(evil)
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        config["auto_map"]["AutoModelForCausalLM"] = "somebody/else--modeling_emu.EmuForCausalLM"
+        (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConversionError, match="would run .*py, which is not what an export gets"):
+        verify._check_code(folder)
+    with pytest.raises(ConversionError):
+        verify.verify_export(folder, exported / "checkpoint", MODEL, None)
+    assert not (tmp_path / "made").exists()
