@@ -13,8 +13,7 @@ MEGATRON_CORE = "0.19.2"
 
 @nox.session(python="3.12")
 def compat(session: nox.Session) -> None:
-    """All tests that need no GPU but the long fault injections, with the newest megatron-core. Arguments after `--` go
-    to pytest instead."""
+    """What `make test` runs, with the newest megatron-core. Arguments after `--` go to pytest instead."""
     pins = Path("constraints-cpu.txt").read_text().splitlines()
     torch = next(pin for pin in pins if pin.startswith("torch=="))
     # megatron-core 0.19 imports triton, which only torch's CUDA builds bring.

@@ -34,7 +34,7 @@ SCENARIOS = {
 }
 """What is done to runs. Every scenario is injected at least once by `make faults`."""
 OF_GUARDS = ("NaN in a gradient", "NaN in a picture", "a rank that sleeps")
-"""Scenarios that belong here once training has guards against them."""
+"""Scenarios that tests/training/test_stopping.py and test_guards.py inject, and that are not counted here."""
 
 _TALLY = pytest.StashKey[dict[str, list[int]]]()
 
