@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from emu2_megatron.config.schema import Config, Fp8Config, ModelConfig
 from emu2_megatron.data.batch import Targets
 from emu2_megatron.model import fp8
+from emu2_megatron.model.kv_cache import KVCache
 from emu2_megatron.model.layer_specs import block_submodules
 from emu2_megatron.model.parameters import mark_tensor_parallel
 from emu2_megatron.ops.interleave import interleave
@@ -189,10 +190,8 @@ class DecoderStage(MegatronModule):
         """
         hidden_SBD = None
         if self.pre_process:
-            hidden_SBD = self.embedding(batch.tokens_BS, None)
-            # Also without any picture: every parameter takes part in every backward pass, if only with zeros.
-            visual_RD = self.project_up(batch.features_RE[batch.targets.visual_rows_R])
-            hidden_SBD = interleave(hidden_SBD, visual_RD, batch.targets.visual_slots_SB)
+            rows_RE = batch.features_RE[batch.targets.visual_rows_R]
+            hidden_SBD = self.embed(batch.tokens_BS, rows_RE, batch.targets.visual_slots_SB)
         length = batch.tokens_BS.shape[1] * self.config.context_parallel_size
         scaling: Any = nullcontext()
         if self.delayed_scaling:
@@ -204,6 +203,34 @@ class DecoderStage(MegatronModule):
             hidden: Tensor = self.decoder(
                 hidden_states=hidden_SBD, attention_mask=batch.cu_seqlens, rotary_pos_emb=self.rotary(length)
             )
+        return hidden
+
+    def embed(self, tokens_BS: Tensor, rows_RE: Tensor, slots_SB: Tensor) -> Tensor:
+        """What the first stage's layers read, [S, B, D].
+
+        Args:
+            tokens_BS: int64 [B, S].
+            rows_RE: [R, E] visual embeddings. None is fine, and a product all the same: every parameter takes part in
+                every backward pass, if only with zeros.
+            slots_SB: int32 [S, B] where they go (`ops/interleave.py`).
+        """
+        return interleave(self.embedding(tokens_BS, None), self.project_up(rows_RE), slots_SB)
+
+    def cache(self, real_BS: Tensor, room: int) -> KVCache:
+        """An empty cache for `read`; arguments as of `KVCache`."""
+        return KVCache(real_BS, room, self.rotary(room)[:, 0, 0].to(real_BS.device), self.config.params_dtype)
+
+    def read(self, hidden_SBD: Tensor | None, cache: KVCache) -> Tensor:
+        """Inference: the next positions of a batch through this stage, beside what the cache remembers.
+
+        Args:
+            hidden_SBD: [S, B, D] from `embed`; None on a stage that was given its input by `set_input_tensor`.
+            cache: of this stage, made place in (`KVCache.advance`).
+
+        Returns:
+            As `forward`.
+        """
+        hidden: Tensor = self.decoder(hidden_states=hidden_SBD, attention_mask=cache, rotary_pos_emb=None)
         return hidden
 
     def logits(self, hidden_SBD: Tensor) -> Tensor:
