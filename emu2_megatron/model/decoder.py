@@ -16,11 +16,12 @@ from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from emu2_megatron.config.schema import Config, Fp8Config, ModelConfig
 from emu2_megatron.data.batch import Targets
@@ -223,6 +224,9 @@ class DecoderStage(MegatronModule):
     def read(self, hidden_SBD: Tensor | None, cache: KVCache) -> Tensor:
         """Inference: the next positions of a batch through this stage, beside what the cache remembers.
 
+        megatron-core's layers, without what training needs around them: for a single position, that would take as long
+        as the products.
+
         Args:
             hidden_SBD: [S, B, D] from `embed`; None on a stage that was given its input by `set_input_tensor`.
             cache: of this stage, made place in (`KVCache.advance`).
@@ -230,8 +234,21 @@ class DecoderStage(MegatronModule):
         Returns:
             As `forward`.
         """
-        hidden: Tensor = self.decoder(hidden_states=hidden_SBD, attention_mask=cache, rotary_pos_emb=None)
-        return hidden
+        hidden = self.decoder.input_tensor if hidden_SBD is None else hidden_SBD
+        for layer in self.decoder.layers:
+            attention, mlp = layer.self_attention, layer.mlp
+            # q, k and v of a head are beside each other (model/parameters.QKV).
+            fused = _product(attention.linear_qkv, layer.input_layernorm(hidden))
+            q, k, v = fused.unflatten(-1, (-1, 3, self.config.kv_channels)).unbind(3)
+            attended = cache.attend(layer.layer_number, q, k, v)
+            hidden = hidden + _product(attention.linear_proj, attended)
+            normed = layer.pre_mlp_layernorm(hidden)
+            if isinstance(mlp.linear_fc1, ColumnParallelLinear):
+                gate, up = _product(mlp.linear_fc1, normed).chunk(2, -1)
+                hidden = hidden + _product(mlp.linear_fc2, F.silu(gate) * up)
+            else:
+                hidden = hidden + mlp(normed)[0]
+        return hidden if self.decoder.final_layernorm is None else self.decoder.final_layernorm(hidden)
 
     def logits(self, hidden_SBD: Tensor) -> Tensor:
         """[S, B, V / TP] this rank's part of the vocabulary; padding rows get probability 0."""
@@ -276,3 +293,13 @@ class DecoderStage(MegatronModule):
         # An embedding that overflowed may stand where no loss depends on it. It must show all the same.
         image_loss = image_loss + 0 * batch.features_RE.detach().float().sum()
         return torch.stack([text_sum / denominators[0], image_loss])
+
+
+def _product(layer: Any, x_SBD: Tensor) -> Tensor:
+    """Of one of the linear layers, without sequence parallelism: megatron-core's own, or Transformer Engine's."""
+    if not isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+        return layer(x_SBD)[0]  # type: ignore[no-any-return]
+    out = F.linear(x_SBD, layer.weight)
+    if isinstance(layer, RowParallelLinear) and layer.config.tensor_model_parallel_size > 1:
+        return tensor_parallel.reduce_from_tensor_model_parallel_region(out)  # type: ignore[no-any-return]
+    return out

@@ -1,8 +1,6 @@
 """Keys and values of what a batch has been read so far, so that a new token costs one position and not all of them.
 
-A `KVCache` travels where megatron-core hands on a mask, from layer to layer, like `cu_seqlens` in training; a layer's
-core attention (`model/layer_specs.CausalAttention`) hands it queries, keys and values as they leave the projection.
-Prompts of different lengths are padded on the left: padding is never attended to and is not counted in positions.
+`DecoderStage.read` hands it the queries, keys and values of each layer as they leave the projection. Prompts of different lengths are padded on the left: padding is never attended to and is not counted in positions.
 
 Shapes: S new positions, B sequences, N heads of this tensor-parallel rank, H head width, L positions there is room for.
 """
@@ -53,7 +51,7 @@ class KVCache:
         self._causal = positions > 1 and self._hidden_B11L is None and start == 0
         self._mask = None if self._causal else self._visible(start)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Keep a layer's keys and values of the positions made place for, and attend to all that are kept.
 
         Args:
@@ -71,7 +69,7 @@ class KVCache:
         values_BNLH[:, :, -S:] = value.permute(1, 2, 0, 3)
         out_BNSH = F.scaled_dot_product_attention(
             self._rotated(query).permute(1, 2, 0, 3), keys_BNLH, values_BNLH,
-            attn_mask=self._mask, is_causal=self._causal, scale=scale,
+            attn_mask=self._mask, is_causal=self._causal,
         )  # fmt: skip
         return out_BNSH.permute(2, 0, 1, 3).reshape(S, B, N * H)
 

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from emu2_megatron.data.batch import share
-from emu2_megatron.model.kv_cache import KVCache
 from emu2_megatron.ops.swiglu import SwiGLU
 from emu2_megatron.platform import kernels
 
@@ -51,19 +50,14 @@ class CausalAttention(nn.Module):
     """
 
     def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int = 0,
-        softmax_scale: float | None = None,
-        pg_collection: Any = None,
-        **_: Any,
+        self, config: TransformerConfig, softmax_scale: float | None = None, pg_collection: Any = None, **_: Any
     ) -> None:
         super().__init__()
-        self.layer_number, self.softmax_scale = layer_number, softmax_scale
+        self.softmax_scale = softmax_scale
         self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | KVCache | None, **unsupported: Any
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **unsupported: Any
     ) -> Tensor:
         """Attend to the position itself and those before it in its sample.
 
@@ -71,13 +65,11 @@ class CausalAttention(nn.Module):
             query, key, value: [S, B, N, H] of this tensor-parallel rank's heads, at the positions this rank holds.
             attention_mask: no mask, but `cu_seqlens` of whole sequences (`data/batch.cu_seqlens`), int32 [samples + 1]
                 on the device of the others, in the place that megatron-core has for one; None if each sequence is a
-                single sample. Or, in inference, what was read before: queries and keys are then not rotated yet.
+                single sample.
 
         Returns:
             [S, B, N * H].
         """
-        if isinstance(attention_mask, KVCache):
-            return attention_mask.attend(self.layer_number, query, key, value, self.softmax_scale)
         cu_seqlens = attention_mask
         wanted = [name for name in ("attention_bias", "packed_seq_params") if unsupported.get(name) is not None]
         if wanted or (cu_seqlens is not None and cu_seqlens.dim() != 1):
