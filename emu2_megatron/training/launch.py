@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -117,11 +118,7 @@ def _check_machine(config: Config, processes: int) -> None:
 
 
 def _launch(config: Config, processes: int) -> None:
-    """Start torchrun on this machine; the ranks read the resolved configuration."""
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
+    """Start the ranks on this machine; they read the resolved configuration."""
     resolved = Path(config.logging.directory) / "config.yaml"
     resolved.write_text(to_yaml(config))
     parallel = config.parallel
@@ -131,14 +128,26 @@ def _launch(config: Config, processes: int) -> None:
         f"PP{parallel.pipeline_parallel_size} x DP{processes // replica_size(config)}",
         flush=True,
     )
+    start_ranks(["train", "--config", str(resolved)], processes)
+
+
+def start_ranks(arguments: Sequence[str], processes: int) -> None:
+    """Run `emu2` with these arguments as so many ranks on this machine, by torchrun.
+
+    Raises:
+        Emu2Error: a rank failed.
+    """
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     # A torch thread pool in every process would fight over the cores.
     threads = max(1, (os.cpu_count() or 1) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # glibc gives threads arenas of their own, in which what decoding frees stays for long: memory would creep up.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
-    arguments = ["--standalone", f"--nproc-per-node={processes}", "-m", "emu2_megatron.cli"]
     try:
-        run.main([*arguments, "train", "--config", str(resolved)])
+        run.main(["--standalone", f"--nproc-per-node={processes}", "-m", "emu2_megatron.cli", *arguments])
     except SignalException as error:
         raise KeyboardInterrupt from error
     except ChildFailedError as error:
