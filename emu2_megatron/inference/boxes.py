@@ -16,7 +16,9 @@ from emu2_megatron.data.formats import LOCATIONS
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom as shares of the picture's width and height, 0 to 1."""
 
-_ITEMS = re.compile(r"<phrase>(?P<phrase>.*?)</phrase>|<object>(?P<object>.*?)</object>|(?P<bare>(?:<patch_index_\d+>)+)")
+_ITEMS = re.compile(
+    r"<phrase>(?P<phrase>.*?)</phrase>|<object>(?P<object>.*?)</object>|(?P<bare>(?:<patch_index_\d+>)+)"
+)
 _DELIMITER = "</delimiter_of_multi_objects/>"
 _COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080")
 

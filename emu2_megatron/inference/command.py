@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from emu2_megatron.config.validate import PRECISIONS
 from emu2_megatron.data.filetypes import PICTURE_FORMATS, VIDEO_FORMATS
 from emu2_megatron.errors import ConfigError, DataError
-from emu2_megatron.platform.precision import DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", metavar="NAME_OR_FILE", help="the checkpoint's run's configuration; default: its config.yaml"
     )
     model.add_argument("--tokenizer", type=Path, metavar="FILE", help="SentencePiece file; default: the model's")
-    model.add_argument("--precision", choices=tuple(DTYPES), help="default: the run's, or the folder's")
+    model.add_argument("--precision", choices=PRECISIONS, help="default: the run's, or the folder's")
     for name in ("tensor", "pipeline"):
         model.add_argument(
             f"--{name}-parallel-size", type=int, default=1, metavar="N", help="default %(default)s; starts the ranks"
@@ -97,6 +97,8 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         raise ConfigError("give either a prompt or --prompts FILE")
     if options.draw_boxes and options.prompts:
         raise ConfigError("--draw-boxes: takes a single prompt, not --prompts")
+    if options.draw_boxes and not any(_kind(part) == "image" for part in options.prompt):
+        raise ConfigError("--draw-boxes: the prompt has no picture to draw on")
     options.grounding = options.grounding or options.draw_boxes is not None
 
     from emu2_megatron.data.tokenizer import tokenizer_for
@@ -104,9 +106,10 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from emu2_megatron.inference.prompt import encode
     from emu2_megatron.inference.search import Options
 
+    default_beams = 1 if options.temperature > 0 else 5
     search = Options(
         max_new_tokens=options.max_new_tokens, min_new_tokens=options.min_new_tokens,
-        beams=options.beams or (1 if options.temperature > 0 else 5), length_penalty=options.length_penalty,
+        beams=default_beams if options.beams is None else options.beams, length_penalty=options.length_penalty,
         temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed,
     )  # fmt: skip
     found = load.find(
@@ -116,9 +119,8 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if not found.config.data.tokenizer:
         raise ConfigError("--tokenizer: the model comes without one; give the SentencePiece file it was trained with")
     tokenizer = tokenizer_for(found.config)
-    prompts = [
-        encode(parts, tokenizer, found.config.model, options.frames) for parts in _prompts(options, "[USER]" in tokenizer.ids)
-    ]
+    asked = _prompts(options, is_chat="[USER]" in tokenizer.ids)
+    prompts = [encode(parts, tokenizer, found.config.model, options.frames) for parts in asked]
     if processes > 1 and started is None:
         from emu2_megatron.training.launch import start_ranks
 
@@ -183,9 +185,7 @@ def _draw(said: list[Any], options: argparse.Namespace) -> None:
 
     from emu2_megatron.inference import boxes
 
-    picture = next((part for part in reversed(options.prompt) if _kind(part) == "image"), None)
-    if picture is None:
-        raise ConfigError("--draw-boxes: the prompt has no picture to draw on")
+    picture = next(part for part in reversed(options.prompt) if _kind(part) == "image")
     with Image.open(picture) as opened:
         options.draw_boxes.parent.mkdir(parents=True, exist_ok=True)
         boxes.draw(opened, said).save(options.draw_boxes, "PNG")
@@ -196,7 +196,7 @@ def _prompts(options: argparse.Namespace, is_chat: bool) -> Iterator[list[Any]]:
     """The parts of each prompt."""
     from emu2_megatron.inference import prompt
 
-    def conversation(turns: list[prompt.Turn], system: str | None) -> list[prompt.Part]:
+    def conversation(turns: Sequence[prompt.Turn], system: str | None) -> list[prompt.Part]:
         if not is_chat:
             raise ConfigError("--chat, or `turns`: the model has no [USER] and [ASSISTANT], it is no chat model")
         default = prompt.CONCISE if options.grounding else prompt.COMPREHENSIVE
@@ -219,7 +219,7 @@ def _prompts(options: argparse.Namespace, is_chat: bool) -> Iterator[list[Any]]:
             continue
         if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
             raise DataError(f'{where}: `turns` is a list of {{"user": ..., "assistant": ...}}, the last without answer')
-        said = [(_parts(turn.get("user"), folder, where), turn.get("assistant")) for turn in turns]
+        said: list[prompt.Turn] = [(_parts(turn.get("user"), folder, where), turn.get("assistant")) for turn in turns]
         answers = [answer for _, answer in said]
         if answers[-1] is not None or not all(isinstance(answer, str) for answer in answers[:-1]):
             raise DataError(f"{where}: every turn but the last has an `assistant`, and only those")
@@ -247,7 +247,8 @@ def _parts(content: Any, folder: Path, where: str) -> list[Any]:
     if isinstance(content, str):
         return [content]
     parts: list[Any] = []
-    for item in content if isinstance(content, list) else [None]:
+    items: list[Any] = content if isinstance(content, list) else [{}]
+    for item in items:
         kinds = [kind for kind in ("text", "image", "video") if isinstance(item, dict) and kind in item]
         if len(kinds) != 1 or not isinstance(item[kinds[0]], str):
             raise DataError(

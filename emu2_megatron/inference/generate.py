@@ -4,15 +4,14 @@ Called by all ranks together; every rank gets the result.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from emu2_megatron.inference.model import InferenceModel, Prompt
 from emu2_megatron.inference.search import Options, search
+from emu2_megatron.parallel import topology
 from emu2_megatron.platform.device import device
 
 EOS = 2
@@ -50,7 +49,7 @@ def generate(model: InferenceModel, prompts: Sequence[Prompt], options: Options)
             tokens_B, parents_B, done_B = model.from_last_stage(choice).unbind(1)
             state.done = bool(done_B[0])
         if state.done:
-            return _from_last_stage(model, state.answers() if model.here.last_stage else None)
+            return _from_last_stage(model, state.answers() if model.here.last_stage else [])
         if state.beams > 1:
             if not moves:
                 cache.repeat(state.beams)
@@ -81,10 +80,10 @@ def generate_image(model: InferenceModel, prompts: Sequence[Prompt], image_begin
     return torch.stack(regressed, 1)
 
 
-def _from_last_stage(model: InferenceModel, answers: Any) -> Any:
+def _from_last_stage(model: InferenceModel, answers: list[list[int]]) -> list[list[int]]:
     if model.here.pp_size == 1:
         return answers
     box = [answers]
-    last = parallel_state.get_pipeline_model_parallel_last_rank()
-    dist.broadcast_object_list(box, last, group=parallel_state.get_pipeline_model_parallel_group())
+    stages = topology.pipeline()
+    dist.broadcast_object_list(box, stages.last, group=stages.group)
     return box[0]

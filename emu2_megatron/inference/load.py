@@ -63,6 +63,8 @@ def find(
         found = tokenizer or (beside if beside.is_file() else Path(whole.data.tokenizer or "/"))
     else:
         assert folder is not None
+        if not folder.is_dir():
+            raise ConfigError(f"--model: {folder} is no folder; give an exported or released one")
         released = from_hf.whole(folder)
         dtype = released.dtype("project_up.weight")
         own = next((name for name, known in DTYPES.items() if known is dtype), "fp32")
@@ -70,9 +72,7 @@ def find(
         found = tokenizer or from_hf.find_tokenizer(folder) or Path("/")
     training = replace(whole.training, precision=precision or whole.training.precision)
     data = replace(whole.data, tokenizer=str(found) if found.is_file() or tokenizer else "")
-    whole = for_inference(
-        replace(whole, training=training, data=data), tensor_parallel_size, pipeline_parallel_size
-    )
+    whole = for_inference(replace(whole, training=training, data=data), tensor_parallel_size, pipeline_parallel_size)
 
     def load() -> InferenceModel:
         topology.start()

@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from emu2_megatron.config import validate
@@ -129,10 +127,8 @@ class InferenceModel:
 
     def logits(self, hidden_BD: Tensor) -> Tensor:
         """fp32 [B, V] of the next token, alike on all ranks of the last stage, who alone may ask."""
-        logits_BV = self.stage.logits(hidden_BD[None])[0]
-        if self.here.tp_size > 1:
-            logits_BV = gather_from_tensor_model_parallel_region(logits_BV)
-        return logits_BV[:, : self.config.model.decoder.vocab_size].float()
+        logits_BV: Tensor = self.stage.whole_logits(hidden_BD[None])[0].float()
+        return logits_BV
 
     def regress(self, hidden_BD: Tensor) -> Tensor:
         """The next visual embeddings [B, E], on all ranks."""
@@ -143,8 +139,8 @@ class InferenceModel:
         """The last stage's tensor, on all stages; the others give one of its shape and dtype, which is overwritten."""
         if self.here.pp_size > 1:
             tensor = tensor.contiguous()
-            last = parallel_state.get_pipeline_model_parallel_last_rank()
-            dist.broadcast(tensor, last, group=parallel_state.get_pipeline_model_parallel_group())
+            stages = topology.pipeline()
+            dist.broadcast(tensor, stages.last, group=stages.group)
         return tensor
 
     def encode(self, pictures: Sequence[Tensor], queries: Sequence[int]) -> Tensor:
@@ -163,15 +159,15 @@ class InferenceModel:
     def _read(self, hidden_SBD: Tensor | None, shape: tuple[int, int], cache: KVCache) -> Tensor:
         S, B = shape
         cache.advance(S)
-        group = parallel_state.get_pipeline_model_parallel_group()
+        stages = topology.pipeline()
         if not self.here.first_stage:
             width, dtype = self.config.model.decoder.hidden_size, DTYPES[self.config.training.precision]
             received = torch.empty(S, B, width, dtype=dtype, device=device())
-            dist.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank(), group=group)
+            dist.recv(received, stages.previous, group=stages.group)
             self.stage.set_input_tensor(received)
         hidden_SBD = self.stage.read(hidden_SBD, cache)
         if not self.here.last_stage:
-            dist.send(hidden_SBD.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=group)
+            dist.send(hidden_SBD.contiguous(), stages.next, group=stages.group)
         return hidden_SBD[-1]
 
 

@@ -7,6 +7,7 @@ prompt is the user's own. Only the places of embeddings cannot be written, since
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import TypeAlias
 
@@ -123,9 +124,11 @@ def _read(path: Path, size: int, frames: int) -> torch.Tensor:
 
 
 def _after_colon(said: Sequence[Part]) -> list[Part]:
-    """Without space around it but one before it, unless it begins with an added token or a picture: neither touches
-    text in training."""
-    parts = [part.strip() if isinstance(part, str) else part for part in said]
+    """Without space around its texts but one before the first, unless it begins with an added token or a picture:
+    in training no space stands beside those."""
+    parts: list[Part] = []
+    for is_text, run in groupby(said, lambda part: isinstance(part, str)):
+        parts += ["".join(map(str, run)).strip()] if is_text else run
     first = parts[0] if parts else ""
     if isinstance(first, str) and not re.match(r"\[[A-Z]+\]|<[/a-z]", first):
         parts[:1] = [f" {first}"]

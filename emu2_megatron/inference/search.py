@@ -31,7 +31,7 @@ class Options:
     length_penalty: float = -1.0
     """Beams: a finished answer's log-probability is divided by its length to this power. Below 0 favours short ones."""
     temperature: float = 0.0
-    """0 takes the likeliest token; above 0 one is drawn, from probabilities that this flattens (above 1) or sharpens."""
+    """0 takes the likeliest token; else one is drawn, from probabilities that this sharpens, or flattens (above 1)."""
     top_p: float = 1.0
     """Draw among the likeliest tokens that together have this probability."""
     top_k: int = 0

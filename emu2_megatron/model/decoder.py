@@ -260,6 +260,13 @@ class DecoderStage(MegatronModule):
             logits_SBV = logits_SBV.masked_fill(padding_V, float("-inf"))
         return logits_SBV
 
+    def whole_logits(self, hidden_SBD: Tensor) -> Tensor:
+        """[S, B, V] of the whole vocabulary, without padding, alike on all tensor-parallel ranks; not for training."""
+        logits_SBV = self.logits(hidden_SBD)
+        if self.config.tensor_model_parallel_size > 1:
+            logits_SBV = tensor_parallel.gather_from_tensor_model_parallel_region(logits_SBV)
+        return logits_SBV[..., : self.vocab_size]
+
     def losses(
         self, hidden_SBD: Tensor, batch: MicroBatch, denominators: Tensor, image_gradient_scale: Tensor
     ) -> Tensor:

@@ -1,6 +1,7 @@
-"""Keys and values of what a batch has been read so far, so that a new token costs one position and not all of them.
+"""Keys and values of what a batch has read so far, so that a new token costs one position and not all of them.
 
-`DecoderStage.read` hands it the queries, keys and values of each layer as they leave the projection. Prompts of different lengths are padded on the left: padding is never attended to and is not counted in positions.
+`DecoderStage.read` hands it the queries, keys and values of each layer as they leave the projection. Prompts of
+different lengths are padded on the left: padding is never attended to and is not counted in positions.
 
 Shapes: S new positions, B sequences, N heads of this tensor-parallel rank, H head width, L positions there is room for.
 """

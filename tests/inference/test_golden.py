@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -98,7 +97,8 @@ def test_generate_image(golden: Golden) -> None:
 
 
 def test_left_padding_changes_nothing(golden: Golden) -> None:
-    prompts = [golden.prompt("edit", "pixels", slice(1)), golden.prompt("draw"), golden.prompt("video", "frames", slice(None))]
+    video = golden.prompt("video", "frames", slice(None))
+    prompts = [golden.prompt("edit", "pixels", slice(1)), golden.prompt("draw"), video]
     for options in (Options(beams=1, max_new_tokens=6), Options(beams=3, max_new_tokens=6)):
         alone = [generate(golden.model, [prompt], options)[0] for prompt in prompts]
         assert generate(golden.model, prompts, options) == alone
