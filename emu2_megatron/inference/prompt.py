@@ -128,7 +128,7 @@ def _after_colon(said: Sequence[Part]) -> list[Part]:
     in training no space stands beside those."""
     parts: list[Part] = []
     for is_text, run in groupby(said, lambda part: isinstance(part, str)):
-        parts += ["".join(map(str, run)).strip()] if is_text else run
+        parts += ["".join(map(str, run)).strip()] if is_text else list(run)
     first = parts[0] if parts else ""
     if isinstance(first, str) and not re.match(r"\[[A-Z]+\]|<[/a-z]", first):
         parts[:1] = [f" {first}"]

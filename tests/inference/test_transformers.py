@@ -95,11 +95,13 @@ def test_same_chat(both: Any) -> None:
     a, b, _ = _pictures()
     turns: list[Any] = [
         ([a, "What is this?"], " A dog. "),
-        (["An", "d ", b, " this? "], "</phrase>A cat."),
+        (["An", "d ", b, " this? "], "<phrase>A cat</phrase>."),
         (["Sure?"], None),
     ]
     said = [f"{PLACE}What is this?", f" And{PLACE}this? ", "Sure?"]
-    text = hf.format_chat(list(zip(said, [" A dog. ", "</phrase>A cat.", None], strict=True)), COMPREHENSIVE, True)
+    text = hf.format_chat(
+        list(zip(said, [" A dog. ", "<phrase>A cat</phrase>.", None], strict=True)), COMPREHENSIVE, True
+    )
     wanted = hf.build_input_ids([text], hf_tokenizer, image=[a, b])["input_ids"][0].tolist()
     found = encode(chat(turns, COMPREHENSIVE, grounding=True), tokenizer, model.config.model)
     assert [token for token in found.tokens if token > 2] == [token for token in wanted if token > 2]
