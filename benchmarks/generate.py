@@ -21,6 +21,7 @@ from torch import Tensor
 from emu2_megatron.config.presets import PRESETS
 from emu2_megatron.convert import from_hf
 from emu2_megatron.convert.to_hf import to_hf
+from emu2_megatron.data.tokens import BASE_COUNT
 from emu2_megatron.inference.generate import generate
 from emu2_megatron.inference.load import find
 from emu2_megatron.inference.model import InferenceModel, Prompt
@@ -70,7 +71,8 @@ def measure(preset: str, new_tokens: int, rounds: int) -> dict[int, dict[str, li
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         hf_folder = export(preset, Path(folder))
-        hf: Any = AutoModelForCausalLM.from_pretrained(hf_folder, trust_remote_code=True, pad_token_id=0)
+        pad = PRESETS[preset].decoder.vocab_size - BASE_COUNT  # the first added token; the others follow from it
+        hf: Any = AutoModelForCausalLM.from_pretrained(hf_folder, trust_remote_code=True, pad_token_id=pad)
         model = find(folder=hf_folder).load()
     hf.to(next(model.stage.parameters()).device)
     batch, *inputs = prompts(model, hf.config.image_token_id)
@@ -102,7 +104,7 @@ def main() -> int:
         "--preset", choices=("emu2_tiny", "emu2_small"), default="emu2_small", help="default emu2_small"
     )
     parser.add_argument("--new-tokens", type=int, default=32, help="of each answer (default 32)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: one for every core")
+    parser.add_argument("--threads", type=int, default=1, help="default 1: products of a few rows")
     options = parser.parse_args()
     print(
         f"{options.preset}, fp32, one process, {options.threads} threads: {len(LENGTHS)} prompts with a picture and "

@@ -7,7 +7,6 @@ prompt is the user's own. Only the places of embeddings cannot be written, since
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import groupby
 from pathlib import Path
 from typing import TypeAlias
 
@@ -127,8 +126,12 @@ def _after_colon(said: Sequence[Part]) -> list[Part]:
     """Without space around its texts but one before the first, unless it begins with an added token or a picture:
     in training no space stands beside those."""
     parts: list[Part] = []
-    for is_text, run in groupby(said, lambda part: isinstance(part, str)):
-        parts += ["".join(map(str, run)).strip()] if is_text else list(run)
+    for part in said:
+        if isinstance(part, str) and parts and isinstance(parts[-1], str):
+            parts[-1] += part
+        else:
+            parts.append(part)
+    parts = [part.strip() if isinstance(part, str) else part for part in parts]
     first = parts[0] if parts else ""
     if isinstance(first, str) and not re.match(r"\[[A-Z]+\]|<[/a-z]", first):
         parts[:1] = [f" {first}"]
