@@ -21,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     # Overrides may stand before, between and after the options, which argparse cannot say: they are what is left over.
     options, rest = parser.parse_known_args(arguments)
-    if wrong := [text for text in rest if text.startswith("-") or not hasattr(options, "config")]:
+    takes_fields = hasattr(options, "config") and options.command != "generate"
+    if wrong := [text for text in rest if text.startswith("-") or not takes_fields]:
         hint = f" (a field of the configuration? then: {wrong[0].lstrip('-')}=VALUE)" if "." in wrong[0] else ""
         parser.error(f"unknown argument: {' '.join(wrong)}{hint}")
     try:
@@ -40,6 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from emu2_megatron.convert import command
 
             return {"to-hf": command.run_to_hf, "from-hf": command.run_from_hf}[options.direction](options)
+        if options.command == "generate":
+            from emu2_megatron.inference import command as generate
+
+            return generate.run(options, sys.argv[1:] if arguments is None else arguments)
         if options.command == "data":
             return _inspect(options.config, rest, options.rows, options.output)
         return _doctor()
@@ -236,6 +241,18 @@ def _parser() -> argparse.ArgumentParser:
             help="released weights, or LLaMA and EVA-CLIP, to a checkpoint",
             description="Write a checkpoint, which loads into any layout, of released weights of Emu2, or of the LLaMA "
             "and EVA-CLIP that it started from. Needs no GPU and little memory; goes on where it was interrupted.",
+            allow_abbrev=False,
+        )
+    )
+    from emu2_megatron.inference import command as generate
+
+    generate.add_arguments(
+        commands.add_parser(
+            "generate",
+            help="continue text, pictures and videos with text or with a picture's embeddings",
+            usage="emu2 generate (--checkpoint DIR | --model DIR) (PART ... | --prompts FILE) [options]",
+            description="Let a model continue a prompt of text, pictures and videos: describe, answer, chat, point at "
+            "things, or regress the visual embeddings of a picture. docs/inference.md has examples.",
             allow_abbrev=False,
         )
     )

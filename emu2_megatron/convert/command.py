@@ -71,7 +71,7 @@ def _bytes(text: str) -> int:
 
 def run_to_hf(options: argparse.Namespace) -> int:
     """`emu2 convert to-hf`."""
-    config = _run_config(options.checkpoint, options.config)
+    config = run_config(options.checkpoint, options.config)
     tokenizer = None if options.no_tokenizer else _run_tokenizer(options.checkpoint, options.tokenizer, config)
 
     from emu2_megatron.convert.to_hf import to_hf
@@ -123,7 +123,7 @@ def _tell(lines: list[str]) -> None:
         print(line)
 
 
-def _run_config(checkpoint: Path, given: str | None) -> Config:
+def run_config(checkpoint: Path, given: str | None) -> Config:
     """The configuration of the run that wrote a checkpoint: a run has it beside the folder of its checkpoints."""
     from emu2_megatron.config import loading
 

@@ -85,7 +85,7 @@ def _picture(data: bytes, size: int) -> torch.Tensor:
             width, height = picture.size
             if width * height > probe.MAX_PIXELS:
                 raise probe.too_large(width, height)
-            return _square(_rgb(picture), size)
+            return prepare(picture, size)
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError as error:  # whose message is an address in memory
@@ -93,6 +93,11 @@ def _picture(data: bytes, size: int) -> torch.Tensor:
     # Pillow documents no common base for what damaged files raise (OSError, SyntaxError, ValueError, struct.error ...).
     except Exception as error:
         raise DataError(f"picture cannot be decoded: {type(error).__name__}: {error}") from error
+
+
+def prepare(picture: Image.Image, size: int) -> torch.Tensor:
+    """An opened picture as `decode` gives it: uint8 [3, size, size]."""
+    return _square(_rgb(picture), size)
 
 
 def _rgb(picture: Image.Image) -> Image.Image:

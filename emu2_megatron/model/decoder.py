@@ -16,15 +16,17 @@ from megatron.core import tensor_parallel
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from emu2_megatron.config.schema import Config, Fp8Config, ModelConfig
 from emu2_megatron.data.batch import Targets
 from emu2_megatron.model import fp8
+from emu2_megatron.model.kv_cache import KVCache
 from emu2_megatron.model.layer_specs import block_submodules
 from emu2_megatron.model.parameters import mark_tensor_parallel
 from emu2_megatron.ops.interleave import interleave
@@ -189,10 +191,8 @@ class DecoderStage(MegatronModule):
         """
         hidden_SBD = None
         if self.pre_process:
-            hidden_SBD = self.embedding(batch.tokens_BS, None)
-            # Also without any picture: every parameter takes part in every backward pass, if only with zeros.
-            visual_RD = self.project_up(batch.features_RE[batch.targets.visual_rows_R])
-            hidden_SBD = interleave(hidden_SBD, visual_RD, batch.targets.visual_slots_SB)
+            rows_RE = batch.features_RE[batch.targets.visual_rows_R]
+            hidden_SBD = self.embed(batch.tokens_BS, rows_RE, batch.targets.visual_slots_SB)
         length = batch.tokens_BS.shape[1] * self.config.context_parallel_size
         scaling: Any = nullcontext()
         if self.delayed_scaling:
@@ -206,6 +206,50 @@ class DecoderStage(MegatronModule):
             )
         return hidden
 
+    def embed(self, tokens_BS: Tensor, rows_RE: Tensor, slots_SB: Tensor) -> Tensor:
+        """What the first stage's layers read, [S, B, D].
+
+        Args:
+            tokens_BS: int64 [B, S].
+            rows_RE: [R, E] visual embeddings. None is fine, and a product all the same: every parameter takes part in
+                every backward pass, if only with zeros.
+            slots_SB: int32 [S, B] where they go (`ops/interleave.py`).
+        """
+        return interleave(self.embedding(tokens_BS, None), self.project_up(rows_RE), slots_SB)
+
+    def cache(self, real_BS: Tensor, room: int) -> KVCache:
+        """An empty cache for `read`; arguments as of `KVCache`."""
+        return KVCache(real_BS, room, self.rotary(room)[:, 0, 0].to(real_BS.device), self.config.params_dtype)
+
+    def read(self, hidden_SBD: Tensor | None, cache: KVCache) -> Tensor:
+        """Inference: the next positions of a batch through this stage, beside what the cache remembers.
+
+        megatron-core's layers, without what training needs around them: for a single position, that would take as long
+        as the products.
+
+        Args:
+            hidden_SBD: [S, B, D] from `embed`; None on a stage that was given its input by `set_input_tensor`.
+            cache: of this stage, made place in (`KVCache.advance`).
+
+        Returns:
+            As `forward`.
+        """
+        hidden = self.decoder.input_tensor if hidden_SBD is None else hidden_SBD
+        for layer in self.decoder.layers:
+            attention, mlp = layer.self_attention, layer.mlp
+            # q, k and v of a head are beside each other (model/parameters.QKV).
+            fused = _product(attention.linear_qkv, layer.input_layernorm(hidden))
+            q, k, v = fused.unflatten(-1, (-1, 3, self.config.kv_channels)).unbind(3)
+            attended = cache.attend(layer.layer_number, q, k, v)
+            hidden = hidden + _product(attention.linear_proj, attended)
+            normed = layer.pre_mlp_layernorm(hidden)
+            if isinstance(mlp.linear_fc1, ColumnParallelLinear):
+                gate, up = _product(mlp.linear_fc1, normed).chunk(2, -1)
+                hidden = hidden + _product(mlp.linear_fc2, F.silu(gate) * up)
+            else:
+                hidden = hidden + mlp(normed)[0]
+        return hidden if self.decoder.final_layernorm is None else self.decoder.final_layernorm(hidden)
+
     def logits(self, hidden_SBD: Tensor) -> Tensor:
         """[S, B, V / TP] this rank's part of the vocabulary; padding rows get probability 0."""
         logits_SBV: Tensor = self.output_layer(hidden_SBD)[0]
@@ -215,6 +259,13 @@ class DecoderStage(MegatronModule):
             padding_V = torch.arange(rows, device=logits_SBV.device) >= real
             logits_SBV = logits_SBV.masked_fill(padding_V, float("-inf"))
         return logits_SBV
+
+    def whole_logits(self, hidden_SBD: Tensor) -> Tensor:
+        """[S, B, V] of the whole vocabulary, without padding, alike on all tensor-parallel ranks; not for training."""
+        logits_SBV = self.logits(hidden_SBD)
+        if self.config.tensor_model_parallel_size > 1:
+            logits_SBV = tensor_parallel.gather_from_tensor_model_parallel_region(logits_SBV)
+        return logits_SBV[..., : self.vocab_size]
 
     def losses(
         self, hidden_SBD: Tensor, batch: MicroBatch, denominators: Tensor, image_gradient_scale: Tensor
@@ -249,3 +300,13 @@ class DecoderStage(MegatronModule):
         # An embedding that overflowed may stand where no loss depends on it. It must show all the same.
         image_loss = image_loss + 0 * batch.features_RE.detach().float().sum()
         return torch.stack([text_sum / denominators[0], image_loss])
+
+
+def _product(layer: Any, x_SBD: Tensor) -> Tensor:
+    """Of one of the linear layers, without sequence parallelism: megatron-core's own, or Transformer Engine's."""
+    if not isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+        return layer(x_SBD)[0]  # type: ignore[no-any-return]
+    out = F.linear(x_SBD, layer.weight)
+    if isinstance(layer, RowParallelLinear) and layer.config.tensor_model_parallel_size > 1:
+        return tensor_parallel.reduce_from_tensor_model_parallel_region(out)  # type: ignore[no-any-return]
+    return out

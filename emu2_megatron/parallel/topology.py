@@ -7,7 +7,7 @@ every rank, so for it the whole world is data-parallel.
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -124,6 +124,25 @@ def stop() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+class Pipeline(NamedTuple):
+    """The stages that this rank's data flows through; ranks of the world."""
+
+    group: dist.ProcessGroup
+    previous: int
+    next: int
+    last: int
+
+
+def pipeline() -> Pipeline:
+    """This rank's."""
+    return Pipeline(
+        parallel_state.get_pipeline_model_parallel_group(),
+        parallel_state.get_pipeline_model_parallel_prev_rank(),
+        parallel_state.get_pipeline_model_parallel_next_rank(),
+        parallel_state.get_pipeline_model_parallel_last_rank(),
+    )
 
 
 def world_group() -> dist.ProcessGroup:

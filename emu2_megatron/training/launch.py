@@ -4,6 +4,7 @@ import errno
 import os
 import signal
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -144,11 +145,7 @@ def _check_machine(config: Config, processes: int) -> None:
 
 
 def _launch(config: Config, processes: int) -> None:
-    """Start torchrun on this machine; the ranks read the resolved configuration."""
-    from torch.distributed import run
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
+    """Start the ranks on this machine; they read the resolved configuration."""
     parallel = config.parallel
     context = f" x CP{parallel.context_parallel_size}" if parallel.context_parallel_size > 1 else ""
     print(
@@ -156,32 +153,46 @@ def _launch(config: Config, processes: int) -> None:
         f"PP{parallel.pipeline_parallel_size} x DP{processes // replica_size(config)}",
         flush=True,
     )
+    # Ranks that are told to end finish their step and save first.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS_TO_SAVE)
+    # Not in the run's own directory, which may turn out to be another run's.
+    with tempfile.TemporaryDirectory(prefix="emu2-") as folder:
+        resolved = Path(folder) / "config.yaml"
+        resolved.write_text(to_yaml(config))
+        start_ranks(["train", "--config", str(resolved)], processes)
+
+
+def start_ranks(arguments: Sequence[str], processes: int) -> None:
+    """Run `emu2` with these arguments as so many ranks on this machine, by torchrun.
+
+    Raises:
+        Stopped: the run was asked to end, and has saved.
+        Emu2Error: a rank failed.
+    """
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     # A torch thread pool in every process would fight over the cores.
     threads = max(1, (os.cpu_count() or 1) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # glibc gives threads arenas of their own, in which what decoding frees stays for long: memory would creep up.
     os.environ.setdefault("MALLOC_ARENA_MAX", "2")
-    # Ranks that are told to end finish their step and save first.
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS_TO_SAVE)
-    arguments = ["--standalone", f"--nproc-per-node={processes}", "-m", "emu2_megatron.cli"]
+    launcher = ["--standalone", f"--nproc-per-node={processes}", "-m", "emu2_megatron.cli"]
     if "--signals-to-handle" in run.get_args_parser().format_help():  # newer than the oldest torch we take
-        arguments.insert(0, "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
-    # Not in the run's own directory, which may turn out to be another run's.
-    with tempfile.TemporaryDirectory(prefix="emu2-") as folder:
-        resolved = Path(folder) / "config.yaml"
-        resolved.write_text(to_yaml(config))
-        try:
-            run.main([*arguments, "train", "--config", str(resolved)])
-        except SignalException as error:
-            if code := EXIT_CODES.get(error.sigval):
-                raise Stopped("", code) from error  # rank 0 has said it
-            raise KeyboardInterrupt from error
-        except ChildFailedError as error:
-            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            first, failure = error.get_first_failure()
-            if failure.exitcode in EXIT_CODES.values():
-                raise Stopped("", failure.exitcode) from None
-            raise Emu2Error(_failed(codes, first)) from None
+        launcher.insert(0, "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    try:
+        run.main([*launcher, *arguments])
+    except SignalException as error:
+        if code := EXIT_CODES.get(error.sigval):
+            raise Stopped("", code) from error  # rank 0 has said it
+        raise KeyboardInterrupt from error
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        first, failure = error.get_first_failure()
+        if failure.exitcode in EXIT_CODES.values():
+            raise Stopped("", failure.exitcode) from None
+        raise Emu2Error(_failed(codes, first)) from None
 
 
 def _failed(codes: dict[int, int], first: int) -> str:

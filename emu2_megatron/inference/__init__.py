@@ -1,0 +1,1 @@
+"""Text, visual embeddings and boxes from a trained model: docs/inference.md."""

@@ -1,0 +1,115 @@
+"""Where a model for inference comes from: a checkpoint of any layout, or a folder of Hugging Face's form."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from emu2_megatron.checkpoint import files
+from emu2_megatron.checkpoint.load import check_files
+from emu2_megatron.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
+from emu2_megatron.convert import from_hf
+from emu2_megatron.convert.command import run_config
+from emu2_megatron.convert.places import Scratch
+from emu2_megatron.convert.sources import Released
+from emu2_megatron.convert.stored import check_model, open_checkpoint
+from emu2_megatron.errors import ConfigError
+from emu2_megatron.inference.model import InferenceModel, for_inference
+from emu2_megatron.model.parameters import Source, stored_parameters
+from emu2_megatron.parallel import topology
+from emu2_megatron.platform.precision import DTYPES
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model that lies somewhere, not loaded yet."""
+
+    config: Config
+    """In the layout and precision it is to be loaded in; `data.tokenizer` is its tokenizer, or empty."""
+    load: Callable[[], InferenceModel]
+    """This rank's model; called by all ranks together. `topology.stop` ends it."""
+
+
+def find(
+    checkpoint: Path | None = None,
+    folder: Path | None = None,
+    config: str | None = None,
+    tokenizer: Path | None = None,
+    precision: str | None = None,
+    tensor_parallel_size: int = 1,
+    pipeline_parallel_size: int = 1,
+) -> Found:
+    """Look for a model, without reading its weights.
+
+    Args:
+        checkpoint: of a run or of `emu2 convert from-hf`, such as step_00000400; or:
+        folder: released or exported, with `config.json`.
+        config: the run's configuration; None looks in the checkpoint's folder and its run's.
+        tokenizer: None takes the one that is there.
+        precision: bf16, fp16 or fp32; None takes the run's, or the folder's.
+
+    Raises:
+        ConfigError, CheckpointError, ConversionError: there is none, or it cannot be cut like that.
+    """
+    if (checkpoint is None) == (folder is None):
+        raise ConfigError("give either --checkpoint or --model")
+    if precision is not None and precision not in DTYPES:
+        raise ConfigError(f"precision: {precision}; legal: {', '.join(DTYPES)}")
+    if checkpoint is not None:
+        files.read_trainer(checkpoint)
+        whole = run_config(checkpoint, config)
+        beside = checkpoint / from_hf.TOKENIZER
+        found = tokenizer or (beside if beside.is_file() else Path(whole.data.tokenizer or "/"))
+    else:
+        assert folder is not None
+        if not folder.is_dir():
+            raise ConfigError(f"--model: {folder} is no folder; give an exported or released one")
+        released = from_hf.whole(folder)
+        dtype = released.dtype("project_up.weight")
+        own = next((name for name, known in DTYPES.items() if known is dtype), "fp32")
+        whole = Config(model=released.model, data=DataConfig(), training=TrainingConfig(precision=own))
+        found = tokenizer or from_hf.find_tokenizer(folder) or Path("/")
+    training = replace(whole.training, precision=precision or whole.training.precision)
+    data = replace(whole.data, tokenizer=str(found) if found.is_file() or tokenizer else "")
+    whole = for_inference(replace(whole, training=training, data=data), tensor_parallel_size, pipeline_parallel_size)
+
+    def load() -> InferenceModel:
+        topology.start()
+        here = topology.initialize(whole)
+        if checkpoint is None:
+            return InferenceModel(whole, here, source_of_folder(released))
+        with files.reading(checkpoint):
+            check_files(checkpoint, files.read_trainer(checkpoint)["files"])
+            return InferenceModel(whole, here, source_of_checkpoint(checkpoint, whole.model))
+
+    return Found(whole, load)
+
+
+def source_of_checkpoint(folder: Path, model: ModelConfig) -> Source:
+    """Released tensors by name, from a checkpoint. Reads only what it is asked for.
+
+    Raises:
+        CheckpointError, ConversionError: the folder is not a complete checkpoint, or another model's.
+    """
+    stored = open_checkpoint(folder)
+    check_model(stored, model)
+    home = {native: (name, rule, natives)
+            for name, (rule, natives) in stored_parameters(model).items() for native in natives}  # fmt: skip
+    # q, k and v are asked for one after another, and stored as one tensor.
+    latest: dict[str, dict[str, Tensor]] = {}
+
+    def read(native: str) -> Tensor:
+        name, rule, natives = home[native]
+        if name not in latest:
+            latest.clear()
+            whole = stored.read(name, Scratch())
+            latest[name] = dict(zip(natives, rule.join(model, [whole]), strict=True))
+        return latest[name][native]
+
+    return read
+
+
+def source_of_folder(released: Released) -> Source:
+    """Released tensors by name, from a folder."""
+    return lambda native: released.read(native, Scratch())
