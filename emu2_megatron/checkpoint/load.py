@@ -1,5 +1,6 @@
 """Reading a checkpoint into any layout."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import isqrt
@@ -13,26 +14,32 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from emu2_megatron.checkpoint import adam, files, metadata
-from emu2_megatron.checkpoint.pieces import Reading
+from emu2_megatron.checkpoint.pieces import Pieces, Reading, first_rows
 from emu2_megatron.checkpoint.state import State, random_states, resumed, set_random_states, weights, whole
 from emu2_megatron.errors import CheckpointError
 from emu2_megatron.model.eva_vit import resize_positions
+from emu2_megatron.model.parameters import RULES, VOCABULARY, stored_parameters
 from emu2_megatron.parallel.wrap import Engine
 
 _POSITIONS = "visual.pos_embed"
 """The one tensor whose shape depends on the size of pictures."""
+_VOCABULARY = [name for name, (rule, _) in RULES.items() if rule is VOCABULARY]
 _MASTER = "optimizer.param."
+_BESIDES_WORDS = {"optimizer": "the optimizer's", "fp8": "scales of FP8", "rng": "states of random generators"}
+_BESIDES = tuple(f"{kind}." for kind in _BESIDES_WORDS)
+"""Beginnings of the names of what is no weight."""
 T = TypeVar("T")
 
 
-def load_weights(path: str | Path, engine: Engine) -> dict[str, Any]:
+def load_weights(path: str | Path, engine: Engine) -> tuple[dict[str, Any], list[str]]:
     """Fill a rank's share of the weights, whatever layout they were saved from; called by all ranks together.
 
     If they were trained on pictures of another size (model.encoder.image_size), the encoder's position table is resized
-    to this run's. The optimizer's fp32 masters are refreshed from the weights.
+    to this run's. If the vocabulary has grown, the rows of new tokens become the mean of the others. The optimizer's
+    fp32 masters are refreshed from the weights.
 
     Returns:
-        What its trainer.json says.
+        What its trainer.json says, and what was taken, changed and left, in words.
 
     Raises:
         CheckpointError: the folder is missing, incomplete or damaged, its tensors are not this model's, or have numbers
@@ -40,9 +47,15 @@ def load_weights(path: str | Path, engine: Engine) -> dict[str, Any]:
     """
     path = Path(path)
     with _reading(path) as (trainer, contents):
-        _load_weights(path, engine, contents)
+        shapes, changes = _load_weights(path, engine, contents, grows=True)
     engine.optimizer.reload_model_params()
-    return trainer
+    taken = sum(not name.startswith(_BESIDES) for name in shapes)
+    left = Counter(name.split(".")[0] for name in shapes if name.startswith(_BESIDES))
+    return trainer, [
+        f"{taken} weights taken from {path}, none is missing",
+        *changes,
+        *(f"{count} tensors left there: {_BESIDES_WORDS[kind]}" for kind, count in sorted(left.items())),
+    ]
 
 
 def load(path: str | Path, engine: Engine) -> dict[str, Any]:
@@ -52,7 +65,7 @@ def load(path: str | Path, engine: Engine) -> dict[str, Any]:
     """
     path = Path(path)
     with _reading(path) as (trainer, contents):
-        shapes = _load_weights(path, engine, contents)
+        shapes, _ = _load_weights(path, engine, contents)
         if not any(name.startswith("optimizer.") for name in shapes):
             raise CheckpointError(
                 f"{path} has weights alone, no optimizer's state: nothing to resume; start from it with "
@@ -119,9 +132,11 @@ def _shortened(problems: Sequence[str]) -> str:
     return "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
 
 
-def _load_weights(path: Path, engine: Engine, contents: Metadata) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of all tensors in the checkpoint."""
-    shapes = metadata.shapes(contents)
+def _load_weights(
+    path: Path, engine: Engine, contents: Metadata, grows: bool = False
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+    """Returns the shapes of all tensors in the checkpoint, and what was changed, in words."""
+    shapes, changes = metadata.shapes(contents), list[str]()
     state = weights(engine)
     positions = engine.encoder.pos_embed
     table = shapes.get(_POSITIONS, ())
@@ -129,15 +144,43 @@ def _load_weights(path: Path, engine: Engine, contents: Metadata) -> dict[str, t
     if resizes:
         # In fp32, so that it is rounded once, after it was resized.
         state[_POSITIONS] = whole(torch.empty(table, dtype=torch.float32, device=positions.device))
+        changes.append(f"{_POSITIONS} resized from {table[1] - 1} to {positions.shape[1] - 1} patches")
+    model = engine.step.config.model
+    tables = {}
+    if grows:
+        fewer = [name for name in _VOCABULARY if 0 < shapes.get(name, (0,))[0] < model.decoder.vocab_size]
+        tables = {name: shapes[name] for name in fewer}
+        changes += [f"{name} grown from {shapes[name][0]} to {model.decoder.vocab_size} rows" for name in fewer]
+    grown = {name: state[name] for name in tables if name in state}
+    state |= {name: first_rows(pieces, tables[name][0]) for name, pieces in grown.items()}
+    surplus = sorted({name for name in shapes if not name.startswith(_BESIDES)} - set(stored_parameters(model)))
     missing = sorted(set(state) - set(shapes))
     wrong = sorted(name for name in set(state) & set(shapes) if tuple(state[name].shape) != shapes[name])
-    if missing or wrong:
-        raise CheckpointError(f"{path} cannot be loaded into this model: {_listed(missing, wrong, state, shapes)}")
+    problems = [f"{name} has shape {list(shapes[name])}, the model wants {list(state[name].shape)}" for name in wrong]
+    problems += [f"it has no {name}" for name in missing] + [f"the model has no {name}" for name in surplus]
+    if problems:
+        raise CheckpointError(f"{path} cannot be loaded into this model: {_shortened(problems)}")
     _read(path, state, contents)
     if resizes:
         (stored,) = state[_POSITIONS].boxes.values()
         positions.data.copy_(resize_positions(stored, positions.shape[1] - 1))
-    return shapes
+    for name in sorted(tables):
+        _fill_new_rows(path, contents, name, tables[name], grown.get(name))
+    return shapes, changes
+
+
+def _fill_new_rows(path: Path, contents: Metadata, name: str, shape: tuple[int, ...], grown: Pieces | None) -> None:
+    """Give the rows beyond a stored table, where this rank has some, the mean of the table."""
+    new = [
+        box[max(0, shape[0] - row) :]
+        for (row, _), box in (grown.boxes.items() if grown else ())
+        if row + len(box) > shape[0]
+    ]
+    everything = torch.empty(shape if new else (0, *shape[1:]), dtype=torch.float32)
+    # All ranks read, if only nothing: reading is a collective.
+    _read(path, {name: whole(everything)} if new else {}, contents)
+    for box in new:
+        box.copy_(everything.mean(0))
 
 
 def _read(path: Path, state: State, contents: Metadata) -> None:
@@ -149,12 +192,6 @@ def _read(path: Path, state: State, contents: Metadata) -> None:
     bad = {name for name, pieces in state.items() if not pieces.finite}
     if bad := set().union(*_of_all_ranks(bad)):
         raise CheckpointError(f"{path} has numbers that are not finite: in {_shortened(sorted(bad))}")
-
-
-def _listed(missing: Sequence[str], wrong: Sequence[str], state: State, shapes: dict[str, tuple[int, ...]]) -> str:
-    lines = [f"{name} has shape {list(shapes[name])}, the model wants {list(state[name].shape)}" for name in wrong]
-    lines += [f"it has no {name}" for name in missing]
-    return _shortened(lines)
 
 
 def _wanted(name: str, shapes: dict[str, tuple[int, ...]]) -> bool:

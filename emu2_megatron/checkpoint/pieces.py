@@ -109,6 +109,12 @@ def _box(state: Mapping[str, Any], index: MetadataIndex) -> Tensor:
     return box
 
 
+def first_rows(pieces: Pieces, rows: int) -> Pieces:
+    """What a rank has of the first rows of a global tensor, as views."""
+    boxes = {offset: box[: max(0, rows - offset[0])] for offset, box in pieces.boxes.items()}
+    return Pieces((rows, *pieces.shape[1:]), pieces.dtype, {offset: box for offset, box in boxes.items() if len(box)})
+
+
 def add(pieces: Pieces, shape: Shape, regions: list[Region], start: int, flat: Tensor) -> None:
     """Add a run of flat elements of a rank's tensor.
 

@@ -302,7 +302,7 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.{_TORCH_DTYPES[dtype]})
 
 inputs = model.build_input_ids(["{prompt}"], tokenizer, image=[Image.open("picture.jpg")])

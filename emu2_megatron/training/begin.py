@@ -94,8 +94,7 @@ def begin(config: Config, engine: Engine, loader: Loader) -> tuple[dict[str, Any
             if dist.get_rank() == 0:
                 print(f"{error}; trying an older checkpoint", flush=True)
     if source := config.checkpoint.initialize_from:
-        load_weights(source, engine)
-        return {"step": 0}, [f"weights are those of {source}"]
+        return {"step": 0}, load_weights(source, engine)[1]
     return {"step": 0}, []
 
 

@@ -14,7 +14,7 @@ from emu2_megatron.checkpoint import files
 from emu2_megatron.checkpoint.load import load, load_weights
 from emu2_megatron.checkpoint.save import Saver
 from emu2_megatron.checkpoint.writer import Writer
-from emu2_megatron.config.schema import Config
+from emu2_megatron.config.schema import Config, ModelConfig
 from emu2_megatron.errors import CheckpointError
 from emu2_megatron.model import parameters
 from emu2_megatron.model.eva_vit import resize_positions
@@ -52,17 +52,18 @@ def load_worker(_rank: int, config: Config, path: str) -> dict[str, Any]:
     engine = wrap.build(config, topology.initialize(config))
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         load_weights(Path(path).parent, engine)
-    trainer = load_weights(path, engine)
+    trainer, said = load_weights(path, engine)
+    assert said[0].endswith("weights taken from " + path + ", none is missing") and "the optimizer's" in said[-2]
     return {**_weights(engine), "step": trainer["step"], "place_in_data": trainer["data"]}
 
 
-def whole(results: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def whole(results: list[dict[str, Any]], model: ModelConfig = harness.MODEL) -> dict[str, torch.Tensor]:
     released = dict(results[0]["visual"])
     for stage in {r["place"][0] for r in results}:
         ranks = {r["place"][1]: r for r in results if r["place"][0] == stage}
         for part, first_layer in enumerate(ranks[0]["first_layers"]):
             parts = [ranks[rank]["stages"][part] for rank in sorted(ranks)]
-            released |= parameters.join_stage(harness.MODEL, parts, first_layer)
+            released |= parameters.join_stage(model, parts, first_layer)
     return released
 
 
@@ -205,3 +206,43 @@ def refused_worker(_rank: int, config: Config, path: str) -> dict[str, Any]:
 def test_another_encoder_is_refused(tmp_path: Path, fields: dict[str, int]) -> None:
     saved = harness.run(1, save_worker, harness.config(train_encoder=True), str(tmp_path))
     harness.run(1, refused_worker, with_encoder(harness.config(train_encoder=True), **fields), saved[0]["path"])
+
+
+def grown_worker(_rank: int, config: Config, path: str) -> dict[str, Any]:
+    engine = wrap.build(config, topology.initialize(config))
+    _, said = load_weights(path, engine)
+    return {**_weights(engine), "said": "; ".join(said)}
+
+
+@pytest.mark.slow
+def test_a_vocabulary_that_has_grown(tmp_path: Path) -> None:
+    """Chat's two tokens more, on one rank and on two whose share of the rows they are in or not."""
+    saved = harness.run(2, save_worker, harness.config(tp=2, train_encoder=True), str(tmp_path))
+    wanted = whole(saved)
+    for world_size, layout in ((1, {}), (2, {"tp": 2}), (2, {"pp": 2})):
+        config = harness.config(**layout, train_encoder=True)
+        model = replace(
+            config.model, decoder=replace(config.model.decoder, vocab_size=harness.MODEL.decoder.vocab_size + 2)
+        )
+        loaded = harness.run(world_size, grown_worker, replace(config, model=model), saved[0]["path"])
+        assert "output_layer.weight grown from 101 to 103 rows" in loaded[0]["said"]
+        got = whole(loaded, model)
+        for name, tensor in wanted.items():
+            new = got[name][len(tensor) :]
+            assert torch.equal(got[name][: len(tensor)], tensor), name
+            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                assert len(new) == 2
+                # fp32 sums of 101 numbers in another order.
+                torch.testing.assert_close(new, tensor.mean(0).expand(2, -1), rtol=1e-5, atol=1e-7)
+
+
+def too_small_worker(_rank: int, config: Config, path: str) -> dict[str, Any]:
+    engine = wrap.build(config, topology.initialize(config))
+    with pytest.raises(CheckpointError, match="the model has no decoder.layers.2.* more"):
+        load_weights(path, engine)
+    return {}
+
+
+def test_layers_that_the_model_does_not_have_are_not_passed_over(tmp_path: Path) -> None:
+    saved = harness.run(1, save_worker, harness.config(), str(tmp_path))
+    harness.run(1, too_small_worker, harness.config(layers=2), saved[0]["path"])
