@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 record = json.loads(open("examples/data/images/captions.jsonl").readline())
 picture = Image.open(f"examples/data/{record['file']}")
-tokenizer = AutoTokenizer.from_pretrained("runs/demo/hf")
+tokenizer = AutoTokenizer.from_pretrained("runs/demo/hf", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("runs/demo/hf", trust_remote_code=True)
 prompt = model.build_input_ids(["[<IMG_PLH>]"], tokenizer, image=[picture])
 answer = model.generate(**prompt, num_beams=1, max_new_tokens=24)
