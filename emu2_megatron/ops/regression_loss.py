@@ -37,13 +37,12 @@ def regression_loss(
     """
     if not library.serves(predicted_TE):
         return regression_loss_reference(predicted_TE, target_RE, rows_T, denominator, gradient_scale)
-    wide = _accumulator(predicted_TE)
     loss: Tensor = torch.ops.emu2.regression_loss(
         predicted_TE,
         target_RE.detach(),
         rows_T,
-        denominator.to(wide),
-        gradient_scale.to(wide),
+        _wide(denominator, predicted_TE),
+        _wide(gradient_scale, predicted_TE),
         predicted_TE.requires_grad and torch.is_grad_enabled(),
     )[0]
     return loss
@@ -54,15 +53,17 @@ def regression_loss_reference(
 ) -> Tensor:
     """`regression_loss` in plain PyTorch, whose gradients are wide until the last step: it needs no gradient_scale."""
     R, E = target_RE.shape
-    wide = _accumulator(predicted_TE)
     padded_RE = torch.cat([target_RE.detach(), target_RE.new_zeros(1, E)])
     target_TE = padded_RE.index_select(0, torch.where(rows_T >= 0, rows_T, R))
-    error_TE = torch.where((rows_T >= 0)[:, None], predicted_TE.to(wide) - target_TE.to(wide), 0)
-    return error_TE.square().sum() / denominator.to(wide).view(())
+    error_TE = torch.where(
+        (rows_T >= 0)[:, None], _wide(predicted_TE, predicted_TE) - _wide(target_TE, predicted_TE), 0
+    )
+    return error_TE.square().sum() / _wide(denominator, predicted_TE).view(())
 
 
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype is torch.float64 else torch.float32
+def _wide(tensor: Tensor, predicted_TE: Tensor) -> Tensor:
+    """In the dtype that is accumulated in."""
+    return tensor.double() if predicted_TE.dtype is torch.float64 else tensor.float()
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
