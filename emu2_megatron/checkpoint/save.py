@@ -60,9 +60,8 @@ class Saver:
         self.engine.settle()
         adam.make_moments(self.engine)
         state = stored(self.engine)
-        finite, background = self._prepare(final, state)
-        optimizer = adam.scalars(self.engine)
-        trainer = {"format": files.FORMAT, "step": step, "finite": finite, "optimizer": optimizer, **rest}
+        background = self._prepare(final, state)
+        trainer = {"format": files.FORMAT, "step": step, "optimizer": adam.scalars(self.engine), **rest}
         if background:
             # The same memory every time: new pages would cost more than the copy.
             self._copies = {name: pieces.copied(self._copies.get(name)) for name, pieces in state.items()}
@@ -77,19 +76,18 @@ class Saver:
         if pending is not None:
             pending.result()
 
-    def _prepare(self, final: Path, state: State) -> tuple[bool, bool]:
-        """Make room. Returns whether all that is stored is finite, and whether to write in the background."""
+    def _prepare(self, final: Path, state: State) -> bool:
+        """Make room; whether to write in the background."""
         unfinished = _unfinished(final)
         mine = sum(pieces.nbytes for pieces in state.values())
         local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         # A copy, and as much again for what the loop needs meanwhile.
         fits = 2 * mine * local < psutil.virtual_memory().available
-        finite = all(pieces.finite for pieces in state.values())
         of_ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, (mine, fits, finite), group=self.group)
-        sizes = [size for size, _, _ in of_ranks]
+        dist.all_gather_object(of_ranks, (mine, fits), group=self.group)
+        sizes = [size for size, _ in of_ranks]
         total = sum(sizes)
-        background = self.config.asynchronous and all(fits for _, fits, _ in of_ranks)
+        background = self.config.asynchronous and all(fits for _, fits in of_ranks)
 
         def make_folder() -> None:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -112,7 +110,7 @@ class Saver:
 
         self._on_rank_0(make_folder, final)
         self._told = True
-        return all(finite for _, _, finite in of_ranks), background
+        return background
 
     def _write(self, final: Path, state: State, trainer: dict[str, Any]) -> None:
         """Write, check in, rename. All ranks succeed or all raise."""
@@ -133,14 +131,17 @@ class Saver:
             failed, (first, _) = min(error.failures.items())
             raise CheckpointError(f"cannot save {final}: rank {failed}: {first}") from error
         of_ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, writer.checksums, group=self.group)
+        finite = all(pieces.finite for pieces in state.values())
+        dist.all_gather_object(of_ranks, (writer.checksums, finite), group=self.group)
 
         def check_in() -> None:
             everything = {".metadata": files.checksum(unfinished / ".metadata")}
-            for of_rank in of_ranks:
+            for of_rank, _ in of_ranks:
                 everything |= of_rank
             marker = unfinished / files.TRAINER
-            marker.write_text(files.trainer_text({**trainer, "files": everything}))
+            marker.write_text(
+                files.trainer_text({**trainer, "finite": all(finite for _, finite in of_ranks), "files": everything})
+            )
             files.sync(marker)
             files.sync(unfinished)
             unfinished.rename(final)
