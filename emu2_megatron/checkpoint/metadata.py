@@ -51,12 +51,6 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def check(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in a checkpoint, over all its shards, by its table of contents; arguments and
-    errors as of `table`."""
-    return shapes(table(folder))
-
-
 def shapes(contents: Metadata) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in a table of contents."""
     entries = contents.state_dict_metadata.items()

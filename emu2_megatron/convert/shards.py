@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emu2_megatron.checkpoint.files import sync
 from emu2_megatron.convert.places import Scratch
 from emu2_megatron.errors import ConversionError
 
@@ -189,12 +190,12 @@ class Folder:
 
     def finish(self, output: Path) -> None:
         """Give the folder its name."""
-        _sync(self.path)
+        sync(self.path)
         try:
             self.path.rename(output)
         except OSError as error:
             raise ConversionError(f"{output} cannot be made: {error.strerror}") from error
-        _sync(output.parent)
+        sync(output.parent)
 
     def save_manifest(self) -> None:
         """Write the manifest as it is now."""
@@ -224,7 +225,7 @@ class Folder:
         finally:
             entry = file.close(keep=done)
         (self.path / f"{name}.part").rename(self.path / name)
-        _sync(self.path)
+        sync(self.path)
         self.manifest["files"][name] = entry | ({"holds": dict(holds)} if holds else {})
         self.save_manifest()
 
@@ -383,12 +384,3 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(label, total=total)
         yield lambda count: bar.advance(task, count)
-
-
-def _sync(folder: Path) -> None:
-    """Make sure that the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,23 +12,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
-    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
 from emu2_megatron.checkpoint import files, metadata
+from emu2_megatron.checkpoint.writer import Writer
 from emu2_megatron.config.schema import ModelConfig
 from emu2_megatron.convert.places import Scratch, read, torch_places
 from emu2_megatron.convert.shards import Folder, Format, HashingFile, Shard, Unit
 from emu2_megatron.errors import ConversionError
-from emu2_megatron.model.parameters import VOCABULARY, stored_parameters, stored_shapes
+from emu2_megatron.model.parameters import VOCABULARY, Source, stored_parameters, stored_shapes
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,24 @@ def check_model(checkpoint: Checkpoint, model: ModelConfig) -> None:
             raise ConversionError(f"{where}: {name} has shape {list(found)}, the model wants {list(shape)}")
 
 
+def released_tensors(checkpoint: Checkpoint, model: ModelConfig) -> Source:
+    """Released tensors by name, from a checkpoint of this model. Reads only what it is asked for."""
+    home = {native: (name, rule, natives)
+            for name, (rule, natives) in stored_parameters(model).items() for native in natives}  # fmt: skip
+    # q, k and v are asked for one after another, and stored as one tensor.
+    latest: dict[str, dict[str, Tensor]] = {}
+
+    def read_released(native: str) -> Tensor:
+        name, rule, natives = home[native]
+        if name not in latest:
+            latest.clear()
+            whole = checkpoint.read(name, Scratch())
+            latest[name] = dict(zip(natives, rule.join(model, [whole]), strict=True))
+        return latest[name][native]
+
+    return read_released
+
+
 def _begin(_file: HashingFile, _shard: Shard) -> None:
     pass
 
@@ -161,13 +179,6 @@ FORMAT = Format(_begin, _write)
 """`.distcp` files."""
 
 
-class _Table(FileSystemWriter):
-    """Writes `.metadata`, with names alone: a path is an object that the engine's reader refuses."""
-
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta()
-
-
 def finish_checkpoint(folder: Folder, shards: Sequence[Shard], model: ModelConfig) -> None:
     """Write what makes a checkpoint of `.distcp` files: the table of contents and `trainer.json`. The checkpoint is at
     step 0, at the beginning of the data."""
@@ -182,7 +193,7 @@ def finish_checkpoint(folder: Folder, shards: Sequence[Shard], model: ModelConfi
             contents[output.name] = TensorStorageMetadata(properties, size, [ChunkStorageMetadata(origin, size)])
             index = MetadataIndex(output.name, origin)
             results.append(WriteResult(index, length, _StorageInfo(shard.name, start, length)))
-    _Table(folder.path).finish(Metadata(contents), [results])
+    Writer(folder.path, 0).finish(Metadata(contents), [results])
     names = [".metadata", *(shard.name for shard in shards)]
     trainer = {
         "format": files.FORMAT, "step": 0, "finite": True, "optimizer": {"updates": 0, "loss_scale": None}, "data": {},

@@ -18,7 +18,7 @@ from emu2_megatron.convert import huggingface, sources
 from emu2_megatron.convert.places import Scratch
 from emu2_megatron.convert.shards import MANIFEST, check_files, progress
 from emu2_megatron.convert.sources import Released, open_source
-from emu2_megatron.convert.stored import Checkpoint, check_model, open_checkpoint
+from emu2_megatron.convert.stored import Checkpoint, check_model, open_checkpoint, released_tensors
 from emu2_megatron.convert.to_hf import INDEX
 from emu2_megatron.errors import ConversionError
 from emu2_megatron.model.parameters import ROTARY, hf_parameters, released_shapes, stored_parameters, unpadded
@@ -138,7 +138,8 @@ def compare_outputs(released: Released, stored: Checkpoint, export: Path | None)
     """
     model = released.model
     inputs = _inputs(model)
-    wanted = _engine_outputs(model, lambda name: _native(stored, model, name), *inputs)
+    source = released_tensors(stored, model)
+    wanted = _engine_outputs(model, lambda name: source(name).float(), *inputs)
     got = _remote_outputs(released, export, *inputs)
     differences = {}
     for name, tensor in wanted.items():
@@ -161,13 +162,6 @@ def _inputs(model: ModelConfig) -> tuple[Tensor, Tensor, Tensor]:
     parts = [text[:, :8], visual, text[:, 8:16], visual, text[:, 16:]]
     is_visual = torch.cat([torch.full_like(part, part is visual) for part in parts], dim=1).bool()
     return pixels, torch.cat(parts, dim=1), is_visual
-
-
-def _native(stored: Checkpoint, model: ModelConfig, native: str) -> Tensor:
-    for name, (rule, natives) in stored_parameters(model).items():
-        if native in natives:
-            return rule.join(model, [stored.read(name, Scratch())])[natives.index(native)].float()
-    raise ConversionError(f"{native} is not in {stored.folder}")
 
 
 @torch.no_grad()

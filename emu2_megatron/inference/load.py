@@ -4,8 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import Tensor
-
 from emu2_megatron.checkpoint import files
 from emu2_megatron.checkpoint.load import check_files
 from emu2_megatron.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
@@ -13,10 +11,10 @@ from emu2_megatron.convert import from_hf
 from emu2_megatron.convert.command import run_config
 from emu2_megatron.convert.places import Scratch
 from emu2_megatron.convert.sources import Released
-from emu2_megatron.convert.stored import check_model, open_checkpoint
+from emu2_megatron.convert.stored import check_model, open_checkpoint, released_tensors
 from emu2_megatron.errors import ConfigError
 from emu2_megatron.inference.model import InferenceModel, for_inference
-from emu2_megatron.model.parameters import Source, stored_parameters
+from emu2_megatron.model.parameters import Source
 from emu2_megatron.parallel import topology
 from emu2_megatron.platform.precision import DTYPES
 
@@ -94,20 +92,7 @@ def source_of_checkpoint(folder: Path, model: ModelConfig) -> Source:
     """
     stored = open_checkpoint(folder)
     check_model(stored, model)
-    home = {native: (name, rule, natives)
-            for name, (rule, natives) in stored_parameters(model).items() for native in natives}  # fmt: skip
-    # q, k and v are asked for one after another, and stored as one tensor.
-    latest: dict[str, dict[str, Tensor]] = {}
-
-    def read(native: str) -> Tensor:
-        name, rule, natives = home[native]
-        if name not in latest:
-            latest.clear()
-            whole = stored.read(name, Scratch())
-            latest[name] = dict(zip(natives, rule.join(model, [whole]), strict=True))
-        return latest[name][native]
-
-    return read
+    return released_tensors(stored, model)
 
 
 def source_of_folder(released: Released) -> Source:

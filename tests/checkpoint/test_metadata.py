@@ -24,20 +24,20 @@ class Evil:
 def test_code_is_refused_and_not_run(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps({"a": Evil(tmp_path / "made")}))
     with pytest.raises(CheckpointError, match="mkdir"):
-        metadata.check(tmp_path)
+        metadata.table(tmp_path)
     assert not (tmp_path / "made").exists()
 
 
 def test_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(pickle.dumps({"state_dict_metadata": {}}))
     with pytest.raises(CheckpointError, match="not a table of contents that torch wrote: it is a dict"):
-        metadata.check(tmp_path)
+        metadata.table(tmp_path)
 
 
 def test_files_of_others_are_refused(tmp_path: Path) -> None:
     info = _StorageInfo("../secret", 0, 1)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({}, storage_data={MetadataIndex("a"): info})))
-    assert metadata.check(tmp_path) == {}
+    assert metadata.shapes(metadata.table(tmp_path)) == {}
     assert metadata.table(tmp_path, ["../secret"]).storage_data is not None
     with pytest.raises(CheckpointError, match="it refers to ../secret, which is no file of this checkpoint"):
         metadata.table(tmp_path, ["__0_0.distcp"])
@@ -47,9 +47,9 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
 def test_damage_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"\.metadata"):
-        metadata.check(tmp_path)
+        metadata.table(tmp_path)
 
 
 def test_missing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="No such file"):
-        metadata.check(tmp_path)
+        metadata.table(tmp_path)
