@@ -1,17 +1,15 @@
 """The authors' own outputs (tests/golden) come out of transformers after import and export."""
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+import vectors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from emu2_megatron.config.schema import DecoderConfig, EncoderConfig, ModelConfig
 from emu2_megatron.convert import from_hf
 from emu2_megatron.convert.to_hf import to_hf
 
@@ -25,15 +23,11 @@ class Golden:
     """Vectors of one small model, and that model in transformers, by way of a checkpoint."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        path = Path(__file__).parents[1] / "golden" / f"emu2_{name}_tiny.safetensors"
-        with safe_open(str(path), "pt") as file:
-            meta = {key: json.loads(value) for key, value in file.metadata().items()}
-            self.tensors = {key: file.get_tensor(key) for key in file.keys()}
-        native = {key.removeprefix("w."): value for key, value in self.tensors.items() if key.startswith("w.")}
-        save_file(native, folder / "native.safetensors")
-        released = from_hf.whole(folder / "native.safetensors", _model(meta))
+        meta, self.tensors = vectors.read(name)
+        save_file(vectors.weights(self.tensors), folder / "native.safetensors")
+        released = from_hf.whole(folder / "native.safetensors", vectors.model(meta))
         from_hf.write(released, folder / "checkpoint", None)
-        to_hf(folder / "checkpoint", folder / f"golden_{name}", _model(meta), None)
+        to_hf(folder / "checkpoint", folder / f"golden_{name}", vectors.model(meta), None)
         # These models have 300 pieces and room for a few added tokens, which no tokenizer has.
         self.hf: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder / f"golden_{name}", trust_remote_code=True, pad_token_id=meta["special_tokens"]["[PAD]"]
@@ -44,20 +38,6 @@ class Golden:
 
     def __getitem__(self, key: str) -> Tensor:
         return self.tensors[key]
-
-
-def _model(meta: dict[str, Any]) -> ModelConfig:
-    encoder = EncoderConfig(
-        image_size=meta["image_size"], patch_size=meta["patch_size"], num_layers=meta["vision_layers"],
-        hidden_size=meta["vision_width"], num_attention_heads=meta["vision_heads"],
-        ffn_hidden_size=int(meta["vision_width"] * meta["mlp_ratio"]),
-    )  # fmt: skip
-    decoder = DecoderConfig(
-        num_layers=meta["layers"], hidden_size=meta["hidden_size"], num_attention_heads=meta["heads"],
-        ffn_hidden_size=meta["intermediate_size"], vocab_size=meta["vocab_size"],
-        layernorm_epsilon=meta["rms_norm_eps"], rotary_base=meta["rope_theta"],
-    )  # fmt: skip
-    return ModelConfig(encoder=encoder, decoder=decoder, image_queries=meta["n_query"], frame_queries=meta["v_query"])
 
 
 @pytest.fixture(scope="module", params=["base", "chat"])

@@ -1,15 +1,14 @@
 """The authors' own outputs (tests/golden) come out of import, engine and generation."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors import safe_open
+import vectors
 from safetensors.torch import save_file
 from torch import Tensor
 
-from emu2_megatron.config.schema import Config, DecoderConfig, EncoderConfig, ModelConfig, TrainingConfig
+from emu2_megatron.config.schema import Config, TrainingConfig
 from emu2_megatron.convert import from_hf
 from emu2_megatron.inference.generate import generate, generate_image
 from emu2_megatron.inference.load import source_of_checkpoint
@@ -22,14 +21,10 @@ class Golden:
     """Vectors of one small model, and that model in the engine, by way of a checkpoint."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        path = Path(__file__).parents[1] / "golden" / f"emu2_{name}_tiny.safetensors"
-        with safe_open(str(path), "pt") as file:
-            self.meta = {key: json.loads(value) for key, value in file.metadata().items()}
-            self.tensors = {key: file.get_tensor(key) for key in file.keys()}
+        self.meta, self.tensors = vectors.read(name)
         self.special: dict[str, int] = self.meta["special_tokens"]
-        native = {key.removeprefix("w."): value for key, value in self.tensors.items() if key.startswith("w.")}
-        save_file(native, folder / "native.safetensors")
-        model = _model(self.meta)
+        save_file(vectors.weights(self.tensors), folder / "native.safetensors")
+        model = vectors.model(self.meta)
         from_hf.write(from_hf.whole(folder / "native.safetensors", model), folder / "checkpoint", None)
         config = for_inference(Config(model=model, training=TrainingConfig(precision="fp32")))
         self.model: InferenceModel = build(config, source_of_checkpoint(folder / "checkpoint", model))
@@ -45,20 +40,6 @@ class Golden:
         model = self.model.config.model
         queries = model.frame_queries if pictures == "frames" else model.image_queries
         return Prompt(tokens, visual, shown, [queries] * len(shown))
-
-
-def _model(meta: dict[str, Any]) -> ModelConfig:
-    encoder = EncoderConfig(
-        image_size=meta["image_size"], patch_size=meta["patch_size"], num_layers=meta["vision_layers"],
-        hidden_size=meta["vision_width"], num_attention_heads=meta["vision_heads"],
-        ffn_hidden_size=int(meta["vision_width"] * meta["mlp_ratio"]),
-    )  # fmt: skip
-    decoder = DecoderConfig(
-        num_layers=meta["layers"], hidden_size=meta["hidden_size"], num_attention_heads=meta["heads"],
-        ffn_hidden_size=meta["intermediate_size"], vocab_size=meta["vocab_size"],
-        layernorm_epsilon=meta["rms_norm_eps"], rotary_base=meta["rope_theta"],
-    )  # fmt: skip
-    return ModelConfig(encoder=encoder, decoder=decoder, image_queries=meta["n_query"], frame_queries=meta["v_query"])
 
 
 @pytest.fixture(scope="module", params=["base", "chat"])

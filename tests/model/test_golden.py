@@ -1,15 +1,11 @@
 """The model equals the authors' own inference code (tests/golden): encoder, fusion, logits, regressed embeddings."""
 
-import json
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
-from safetensors import safe_open
+import vectors
 from torch import Tensor
 
-from emu2_megatron.config.schema import Config, DecoderConfig, EncoderConfig, ModelConfig, TrainingConfig
+from emu2_megatron.config.schema import Config, TrainingConfig
 from emu2_megatron.data.batch import targets
 from emu2_megatron.data.sequence import VISUAL
 from emu2_megatron.model import parameters
@@ -26,12 +22,8 @@ class Golden:
     """One file of vectors, and the engine's model filled with its weights."""
 
     def __init__(self, name: str) -> None:
-        path = Path(__file__).parents[1] / "golden" / f"emu2_{name}_tiny.safetensors"
-        with safe_open(str(path), "pt") as file:
-            self.meta = {key: json.loads(value) for key, value in file.metadata().items()}
-            self.tensors = {key: file.get_tensor(key) for key in file.keys()}
-        self.model = _model(self.meta)
-        source = {key.removeprefix("w."): value for key, value in self.tensors.items() if key.startswith("w.")}
+        self.meta, self.tensors = vectors.read(name)
+        self.model, source = vectors.model(self.meta), vectors.weights(self.tensors)
         config = Config(model=self.model, training=TrainingConfig(precision="fp32"))
         layers = self.model.decoder.num_layers
         self.encoder = EvaVisionTransformer(self.model.encoder)
@@ -41,30 +33,6 @@ class Golden:
 
     def __getitem__(self, key: str) -> Tensor:
         return self.tensors[key]
-
-
-def _model(meta: dict[str, Any]) -> ModelConfig:
-    return ModelConfig(
-        encoder=EncoderConfig(
-            image_size=meta["image_size"],
-            patch_size=meta["patch_size"],
-            num_layers=meta["vision_layers"],
-            hidden_size=meta["vision_width"],
-            num_attention_heads=meta["vision_heads"],
-            ffn_hidden_size=int(meta["vision_width"] * meta["mlp_ratio"]),
-        ),
-        decoder=DecoderConfig(
-            num_layers=meta["layers"],
-            hidden_size=meta["hidden_size"],
-            num_attention_heads=meta["heads"],
-            ffn_hidden_size=meta["intermediate_size"],
-            vocab_size=meta["vocab_size"],
-            layernorm_epsilon=meta["rms_norm_eps"],
-            rotary_base=meta["rope_theta"],
-        ),
-        image_queries=meta["n_query"],
-        frame_queries=meta["v_query"],
-    )
 
 
 @pytest.fixture(params=["base", "chat"])
