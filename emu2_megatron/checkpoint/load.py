@@ -19,6 +19,7 @@ from emu2_megatron.checkpoint.state import State, random_states, resumed, set_ra
 from emu2_megatron.errors import CheckpointError
 from emu2_megatron.model.eva_vit import resize_positions
 from emu2_megatron.model.parameters import RULES, VOCABULARY, stored_parameters
+from emu2_megatron.parallel.topology import of_all_ranks
 from emu2_megatron.parallel.wrap import Engine
 
 _POSITIONS = "visual.pos_embed"
@@ -91,7 +92,7 @@ def check_files(path: Path, table: dict[str, dict[str, int]]) -> None:
     """Compare all files with what was written; the ranks share the work, and all raise CheckpointError if one finds
     anything wrong."""
     wrong = files.verify(path, table, dist.get_rank(), dist.get_world_size())
-    if wrong := [problem for of_rank in _of_all_ranks(wrong) for problem in of_rank]:
+    if wrong := [problem for of_rank in of_all_ranks(wrong) for problem in of_rank]:
         raise CheckpointError(_shortened(wrong))
 
 
@@ -117,15 +118,9 @@ def _agreed(action: Callable[[], T]) -> T:
         result = action()
     except CheckpointError as error:
         problem = str(error)
-    if problems := [of_rank for of_rank in _of_all_ranks(problem) if of_rank]:
+    if problems := [of_rank for of_rank in of_all_ranks(problem) if of_rank]:
         raise CheckpointError(problem or problems[0])
     return result  # type: ignore[return-value]
-
-
-def _of_all_ranks(value: T) -> list[T]:
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, value)
-    return found
 
 
 def _shortened(problems: Sequence[str]) -> str:
@@ -190,7 +185,7 @@ def _read(path: Path, state: State, contents: Metadata) -> None:
         rank, (first, _) = min(error.failures.items())
         raise CheckpointError(f"{path} cannot be loaded into this model: rank {rank}: {first}") from error
     bad = {name for name, pieces in state.items() if not pieces.finite}
-    if bad := set().union(*_of_all_ranks(bad)):
+    if bad := set().union(*of_all_ranks(bad)):
         raise CheckpointError(f"{path} has numbers that are not finite: in {_shortened(sorted(bad))}")
 
 

@@ -19,6 +19,7 @@ from emu2_megatron.checkpoint.state import State, stored
 from emu2_megatron.checkpoint.writer import Writer
 from emu2_megatron.config.schema import CheckpointConfig
 from emu2_megatron.errors import CheckpointError
+from emu2_megatron.parallel import topology
 from emu2_megatron.parallel.wrap import Engine
 
 _PROBE = 2**26
@@ -83,8 +84,7 @@ class Saver:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         # A copy, and as much again for what the loop needs meanwhile.
         fits = 2 * mine * local < psutil.virtual_memory().available
-        of_ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, (mine, fits), group=self.group)
+        of_ranks = topology.of_all_ranks((mine, fits), self.group)
         sizes = [size for size, _ in of_ranks]
         total = sum(sizes)
         background = self.config.asynchronous and all(fits for _, fits in of_ranks)
@@ -130,9 +130,8 @@ class Saver:
         except CheckpointException as error:  # no Exception: what ranks failed by, on all ranks alike
             failed, (first, _) = min(error.failures.items())
             raise CheckpointError(f"cannot save {final}: rank {failed}: {first}") from error
-        of_ranks: list[Any] = [None] * dist.get_world_size()
         finite = all(pieces.finite for pieces in state.values())
-        dist.all_gather_object(of_ranks, (writer.checksums, finite), group=self.group)
+        of_ranks = topology.of_all_ranks((writer.checksums, finite), self.group)
 
         def check_in() -> None:
             everything = {".metadata": files.checksum(unfinished / ".metadata")}

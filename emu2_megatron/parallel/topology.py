@@ -7,7 +7,7 @@ every rank, so for it the whole world is data-parallel.
 
 import os
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -17,6 +17,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from emu2_megatron.config.schema import Config
 from emu2_megatron.platform import device
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,13 @@ def pipeline() -> Pipeline:
         parallel_state.get_pipeline_model_parallel_next_rank(),
         parallel_state.get_pipeline_model_parallel_last_rank(),
     )
+
+
+def of_all_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """What each rank of a group (None: of the world) gives, by rank; called by all of them together."""
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, value, group=group)
+    return found
 
 
 def world_group() -> dist.ProcessGroup:

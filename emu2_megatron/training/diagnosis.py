@@ -18,6 +18,7 @@ from torch import Tensor, from_numpy, nn
 from emu2_megatron.checkpoint.state import key_of
 from emu2_megatron.config.schema import TrainingConfig
 from emu2_megatron.data.sequence import Features
+from emu2_megatron.parallel import topology
 from emu2_megatron.parallel.three_phase import Prepared
 from emu2_megatron.parallel.wrap import Engine
 from emu2_megatron.training.step import StepReport
@@ -93,8 +94,7 @@ def note(engine: Engine, training: TrainingConfig, batch: Prepared, report: Step
 
 def gathered(mine: Note) -> list[Note]:
     """The notes of all ranks, on all ranks; called by all together."""
-    notes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(notes, mine)
+    notes = topology.of_all_ranks(mine)
     return list(notes)
 
 

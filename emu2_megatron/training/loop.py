@@ -5,9 +5,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from emu2_megatron.checkpoint.save import Saver
 from emu2_megatron.config.loading import to_yaml
@@ -143,6 +140,4 @@ def _batches(
 
 def _of_all_ranks(place: State) -> State:
     """The place in the data of every slot of the global batch, given this rank's; called by all ranks together."""
-    places: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(places, place, group=topology.world_group())
-    return merged(places)
+    return merged(topology.of_all_ranks(place, topology.world_group()))
