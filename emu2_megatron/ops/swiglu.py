@@ -49,7 +49,3 @@ class SwiGLU(nn.Module):
 
     def forward(self, gate_up: Tensor) -> Tensor:
         return swiglu(gate_up)
-
-    def sharded_state_dict(self, *unused: Any, **also_unused: Any) -> dict[str, Any]:
-        """Nothing to store; megatron-core's MLP asks every part of it."""
-        return {}

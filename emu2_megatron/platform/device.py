@@ -32,8 +32,6 @@ for _logger, _message in {
     "torch.utils.cpp_extension": "No CUDA runtime is found",
     # megatron-core 0.19 wants callers to give what it works out itself otherwise; 0.16 cannot be given it.
     "megatron.core.distributed.distributed_data_parallel": "full_param_layout not provided",
-    # megatron-core 0.19 says so of every save; ours are not asynchronous.
-    "megatron.core.dist_checkpointing.strategies.torch": "async save is deprecated",
 }.items():
     logging.getLogger(_logger).addFilter(partial(_is_other, _message))
 if not IS_CUDA:

@@ -213,7 +213,6 @@ def peak():  # of this program: what exec inherits from the parent's resource us
     return int(next(x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x).split()[1]) / 1e3
 size = 40_000_000
 from emu2_megatron.convert.stored import open_checkpoint
-import megatron.core.dist_checkpointing.core
 from emu2_megatron.convert.places import torch_places
 torch.save(torch.ones(2), root / "warm")
 torch_places(root / "warm")  # loads what reads tables of contents
