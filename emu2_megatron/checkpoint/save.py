@@ -137,10 +137,10 @@ class Saver:
             everything = {".metadata": files.checksum(unfinished / ".metadata")}
             for of_rank, _ in of_ranks:
                 everything |= of_rank
+            trainer["finite"] = all(finite for _, finite in of_ranks)
+            trainer["files"] = dict(sorted(everything.items()))  # not in the order in which threads were done
             marker = unfinished / files.TRAINER
-            marker.write_text(
-                files.trainer_text({**trainer, "finite": all(finite for _, finite in of_ranks), "files": everything})
-            )
+            marker.write_text(files.trainer_text(trainer))
             files.sync(marker)
             files.sync(unfinished)
             unfinished.rename(final)

@@ -6,6 +6,7 @@ from .conftest import OF_GUARDS, SCENARIOS
 
 
 @pytest.mark.faults
+@pytest.mark.slow
 def test_every_fault_was_injected_and_survived(tally: dict[str, list[int]]) -> None:
     """With `make faults`, which runs all of this folder."""
     assert not set(OF_GUARDS) & set(SCENARIOS)
