@@ -65,8 +65,8 @@ class Rule:
 
 
 def _pad_rows(model: ModelConfig, whole: Tensor, tp: int) -> Tensor:
-    multiple = model.decoder.make_vocab_size_divisible_by * tp
-    return nn.functional.pad(whole, (0, 0, 0, -len(whole) % multiple))
+    padding = -len(whole) % (model.decoder.make_vocab_size_divisible_by * tp)
+    return nn.functional.pad(whole, (0, 0, 0, padding)) if padding else whole
 
 
 def _fuse_qkv(model: ModelConfig, whole: list[Tensor], tp: int) -> list[Tensor]:
