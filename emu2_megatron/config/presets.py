@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from emu2_megatron.config.schema import DecoderConfig, EncoderConfig, ModelConfig
+from emu2_megatron.config.schema import DecoderConfig, EncoderConfig, ModelConfig, VisualDecoderConfig
 
 _EMU2_37B = ModelConfig()
 
@@ -47,3 +47,20 @@ PRESETS: dict[str, ModelConfig] = {
         frame_queries=4,
     ),
 }
+
+VISUAL_DECODERS: dict[str, VisualDecoderConfig] = {
+    "emu2_gen": VisualDecoderConfig(),
+    # Pictures of 64 x 64, latents of 16 x 16; 2.8 M parameters on emu2_tiny's embeddings, and 0.2 M in the VAE.
+    "emu2_gen_tiny": VisualDecoderConfig(
+        image_size=64,
+        unet_channels=(32, 64, 96),
+        unet_transformer_layers=(0, 1, 1),
+        unet_attention_heads=(2, 4, 6),
+        unet_layers_per_block=1,
+        time_embed_dim=16,
+        vae_channels=(16, 32, 32),
+        vae_layers_per_block=1,
+        norm_num_groups=8,
+    ),
+}
+"""Named sizes of the visual decoder."""

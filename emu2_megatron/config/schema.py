@@ -71,6 +71,44 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class VisualDecoderConfig:
+    """The visual decoder of Emu2-Gen: SDXL's UNet, conditioned on visual embeddings, and SDXL's VAE. The width of the
+    embeddings is the encoder's."""
+
+    image_size: int = 1024
+    """Height and width of the pictures it is trained on, pixels; a multiple of what VAE and UNet together reduce them
+    by."""
+    unet_channels: tuple[int, ...] = (320, 640, 1280)
+    """Channels of the UNet's levels, from the finest on; each level but the last halves height and width."""
+    unet_transformer_layers: tuple[int, ...] = (0, 2, 10)
+    """Transformer blocks after every residual block of each level; 0 leaves attention out. The last level's is also
+    the middle's, and not 0."""
+    unet_attention_heads: tuple[int, ...] = (5, 10, 20)
+    """Attention heads of each level; divide its channels."""
+    unet_layers_per_block: int = 2
+    """Residual blocks of each level on the way down; one more on the way up."""
+    time_embed_dim: int = 256
+    """Width of the sinusoids for each of the six micro-conditions."""
+    vae_channels: tuple[int, ...] = (128, 256, 512, 512)
+    """Channels of the VAE's levels, from the finest on; each level but the last halves height and width."""
+    vae_layers_per_block: int = 2
+    """Residual blocks of each of the VAE's levels in its encoder; one more in its decoder."""
+    latent_channels: int = 4
+    """Channels of the latents."""
+    vae_scaling_factor: float = 0.13025
+    """What latents are multiplied by to have about unit variance."""
+    norm_num_groups: int = 32
+    """Groups of every GroupNorm; divide all channels."""
+    condition_drop: float = 0.1
+    """Share of samples that are trained without their embeddings, for classifier-free guidance."""
+    null_condition: str = "image"
+    """What stands for missing embeddings: image (those of a picture whose normalised pixels are all 0, as the released
+    pipeline takes for guidance) or zeros. Not published for training."""
+    noise_offset: float = 0.1
+    """Standard deviation of what is added to the noise of a whole channel, so that brightness is learnt too."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where sequences come from, and what they look like."""
 
