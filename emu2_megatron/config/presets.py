@@ -52,6 +52,7 @@ VISUAL_DECODERS: dict[str, VisualDecoderConfig] = {
     "emu2_gen": VisualDecoderConfig(),
     # Pictures of 64 x 64, latents of 16 x 16; 2.8 M parameters on emu2_tiny's embeddings, and 0.2 M in the VAE.
     "emu2_gen_tiny": VisualDecoderConfig(
+        preset="emu2_gen_tiny",
         image_size=64,
         unet_channels=(32, 64, 96),
         unet_transformer_layers=(0, 1, 1),
@@ -61,6 +62,7 @@ VISUAL_DECODERS: dict[str, VisualDecoderConfig] = {
         vae_channels=(16, 32, 32),
         vae_layers_per_block=1,
         norm_num_groups=8,
+        min_picture_size=64,
     ),
 }
 """Named sizes of the visual decoder."""

@@ -75,6 +75,8 @@ class VisualDecoderConfig:
     """The visual decoder of Emu2-Gen: SDXL's UNet, conditioned on visual embeddings, and SDXL's VAE. The width of the
     embeddings is the encoder's."""
 
+    preset: str = "emu2_gen"
+    """emu2_gen, or emu2_gen_tiny (on the embeddings of emu2_tiny)."""
     image_size: int = 1024
     """Height and width of the pictures it is trained on, pixels; a multiple of what VAE and UNet together reduce them
     by."""
@@ -106,6 +108,23 @@ class VisualDecoderConfig:
     pipeline takes for guidance) or zeros. Not published for training."""
     noise_offset: float = 0.1
     """Standard deviation of what is added to the noise of a whole channel, so that brightness is learnt too."""
+    min_picture_size: int = 512
+    """Pictures whose shorter side has fewer pixels are left out."""
+    largest_scale: float = 1.25
+    """A picture is scaled until its shorter side is image_size times a number drawn between 1 and this; then a square
+    is cut out of it. Not published."""
+    encoder: str = ""
+    """Whose embeddings it learns to read: a checkpoint of stage 1, or a released or exported folder. Empty: an encoder
+    with fresh weights, of training.seed."""
+    sdxl: str = ""
+    """Where it begins: a folder of SDXL-base, or of an exported decoder, in diffusers' layout, with `unet` and `vae`.
+    Empty: fresh weights, of training.seed."""
+    ema_decay: float = 0.0
+    """Keep a moving average of the UNet's weights, with this decay a step; 0 keeps none. It is what is painted with
+    and exported."""
+    paint_every: int = 0
+    """Steps between two rows of pictures in TensorBoard: originals, and what is painted of their embeddings; 0 paints
+    at the end of the run only."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +198,8 @@ class OptimizerConfig:
     """Peak learning rate of project_up and project_down."""
     encoder_lr: float = 1e-5
     """Peak learning rate of the visual encoder, when it is trained."""
+    visual_decoder_lr: float = 1e-4
+    """Peak learning rate of the visual decoder."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.95
@@ -193,6 +214,8 @@ class OptimizerConfig:
     """cosine or linear, from the peak after warm-up to min_lr_ratio of it at the end of the run; or constant."""
     min_lr_ratio: float = 0.0
     """Where the schedule ends, as a share of the peak."""
+    warmup_shape: str = "linear"
+    """linear, or log: fast at first (the paper calls the visual decoder's so, and gives no formula)."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; give this or warmup_ratio."""
     warmup_ratio: float | None = None
@@ -203,6 +226,9 @@ class OptimizerConfig:
 class TrainingConfig:
     """The batch, the objective and the length of the run."""
 
+    objective: str = "language"
+    """What is trained: language (Emu2 itself: the next token or visual embedding) or visual_decoder (from a picture's
+    embeddings back to the picture)."""
     steps: int = 20350
     """Optimizer steps."""
     global_batch_size: int = 2048
@@ -338,6 +364,8 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model."""
+    visual_decoder: VisualDecoderConfig = field(default_factory=VisualDecoderConfig)
+    """The visual decoder."""
     data: DataConfig = field(default_factory=DataConfig)
     """The data."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

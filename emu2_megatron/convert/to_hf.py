@@ -97,8 +97,8 @@ def export_units(stored: Checkpoint, model: ModelConfig, dtype: torch.dtype | No
         native: dict[str, Tensor] = {}
         for part in parts:
             rule, natives = table[part]
-            native |= zip(natives, rule.join(model, [stored.read(part, scratch)]), strict=True)
-        return [cast(hf[o.name][0].merge(model, [native[n] for n in hf[o.name][2]]), o.dtype, scratch) for o in outputs]
+            native |= zip(natives, rule.parts(model, stored.read(part, scratch)), strict=True)
+        return [_as(o, hf[o.name][0].merge(model, [native[n] for n in hf[o.name][2]]), scratch) for o in outputs]
 
     units = []
     for parts, group_of_names in groupby(hf, made_of):
@@ -107,11 +107,11 @@ def export_units(stored: Checkpoint, model: ModelConfig, dtype: torch.dtype | No
     return units
 
 
-def cast(tensor: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
-    """In another dtype, contiguous."""
-    if tensor.dtype is dtype and tensor.is_contiguous():
-        return tensor
-    return scratch.empty(tensor.shape, dtype).copy_(tensor)
+def _as(output: Output, tensor: Tensor, scratch: Scratch) -> Tensor:
+    """Contiguous, in the dtype and shape of an output."""
+    if tensor.dtype is not output.dtype or not tensor.is_contiguous():
+        tensor = scratch.empty(tensor.shape, output.dtype).copy_(tensor)
+    return tensor.view(output.shape)
 
 
 def main_dtype(units: Sequence[Unit]) -> torch.dtype:
