@@ -68,7 +68,7 @@ def to_hf(
         "config.json": huggingface.to_text(huggingface.config_json(model, main, chat, pad_token)),
         "generation_config.json": huggingface.to_text(huggingface.generation_config(pad_token)),
         "README.md": huggingface.model_card(model, parameters, main, chat, checkpoint.name),
-        INDEX: _index(shards, total),
+        INDEX: index(shards, total),
     }
     folder = open_folder(output, identity("to-hf", stored.files(), shards), total)
     with Check(stored.files()) as check:
@@ -123,7 +123,8 @@ def main_dtype(units: Sequence[Unit]) -> torch.dtype:
     return sizes.most_common(1)[0][0]
 
 
-def _index(shards: Sequence[Shard], total: int) -> bytes:
+def index(shards: Sequence[Shard], total: int) -> bytes:
+    """The index of a folder of shards: which file has which tensor, and the bytes of all of them."""
     where = {output.name: shard.name for shard in shards for unit in shard.units for output in unit.outputs}
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     return (json.dumps(content, indent=2) + "\n").encode()

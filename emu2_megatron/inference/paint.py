@@ -35,11 +35,11 @@ def paint(
         unet: on the device to be used; it computes in its own dtype, the latents are fp32.
         vae: on the same device; in fp32 afterwards where its configuration says so.
         embeddings_BQE: from the encoder (autoencoding) or regressed by the language model (generation).
-        null_QE: what guidance leads away from: for autoencoding the embeddings of a picture of zeros
-            (`null_embeddings`), for generation those that the language model regresses after `<s>[IMG]`.
+        null_QE: what guidance leads away from: for autoencoding `null_embeddings`, for generation what the language
+            model regresses after `<s>[IMG]`.
         seeds: one for each picture; its noise is drawn from it on the CPU, and does not depend on the others.
         size: height and width wanted, pixels; None takes what the UNet was built for.
-        steps: of the sampler, each one or two passes of the UNet.
+        steps: of the sampler, each a pass of the UNet over B pictures, with guidance over 2 B.
         guidance: how far to lead; up to 1 there is none, and null_QE is not looked at.
         original_size: height and width that the UNet is told the picture had before; None takes `size`.
         crop: top and left that the UNet is told the picture was cut out at.
@@ -59,18 +59,37 @@ def paint(
     if height % whole or width % whole:
         raise ValueError(f"size {height} x {width}: both must be multiples of {whole}")
 
-    guided = guidance > 1
-    if guided:
+    if guidance > 1:
         embeddings_BQE = torch.cat([embeddings_BQE, null_QE.expand_as(embeddings_BQE)])
     told = torch.tensor([[*(original_size or (height, width)), *crop, height, width]], device=device)
     sizes = told.expand(len(embeddings_BQE), -1).split(2, dim=1)
     hidden_BQE, added = condition(embeddings_BQE.to(device, unet.dtype), *sizes)
-
-    scheduler = sampling_scheduler()
-    scheduler.set_timesteps(steps, device=device)
     shape = (unet.config.in_channels, height // scale, width // scale)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    latents_BCHW = torch.stack(noise).to(device) * scheduler.init_noise_sigma
+    return decode_latents(vae, denoise(unet, torch.stack(noise).to(device), hidden_BQE, added, steps, guidance))
+
+
+@torch.no_grad()
+def denoise(
+    unet: "UNet2DConditionModel",
+    noise_BCHW: Tensor,
+    hidden_BQE: Tensor,
+    added: dict[str, Tensor],
+    steps: int,
+    guidance: float,
+) -> Tensor:
+    """Noise to latents, fp32.
+
+    Args:
+        unet: the denoiser.
+        noise_BCHW: standard normal, fp32.
+        hidden_BQE, added: of `condition`. With guidance, of B pictures and then of B null conditions.
+        steps, guidance: as in `paint`.
+    """
+    guided = guidance > 1
+    scheduler = sampling_scheduler()
+    scheduler.set_timesteps(steps, device=noise_BCHW.device)
+    latents_BCHW: Tensor = noise_BCHW * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         scaled_BCHW = scheduler.scale_model_input(latents_BCHW, t).to(unet.dtype)
         epsilon = unet(
@@ -84,4 +103,4 @@ def paint(
             conditional, unconditional = epsilon.chunk(2)
             epsilon = unconditional + guidance * (conditional - unconditional)
         latents_BCHW = scheduler.step(epsilon, t, latents_BCHW, return_dict=False)[0]
-    return decode_latents(vae, latents_BCHW)
+    return latents_BCHW

@@ -278,7 +278,8 @@ def decode_latents(vae: "AutoencoderKL", latents_BCHW: Tensor) -> Tensor:
     _upcast(vae)
     pixels_B3HW = vae.decode((latents_BCHW / vae.config.scaling_factor).to(vae.dtype)).sample
     levels_B3HW = (pixels_B3HW.float() / 2 + 0.5).clamp(0, 1) * 255
-    return levels_B3HW.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    pixels_BHW3: Tensor = levels_B3HW.round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+    return pixels_BHW3
 
 
 def _upcast(vae: "AutoencoderKL") -> None:
