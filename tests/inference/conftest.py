@@ -10,14 +10,12 @@ from typing import Any
 
 import pytest
 import weights
-from fastapi import FastAPI
 from safetensors.torch import save_file
 
 from emu2_megatron.config.schema import ModelConfig
 from emu2_megatron.convert import from_hf
 from emu2_megatron.convert.to_hf import to_hf
 from emu2_megatron.data.tokenizer import Tokenizer
-from emu2_megatron.inference import serve, serve_command
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -40,8 +38,10 @@ def exported(chat_model: ModelConfig, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @contextmanager
-def serving(web: FastAPI) -> Iterator[str]:
+def serving(web: Any) -> Iterator[str]:
     """An application served on a free port, in a thread; its `address:port`."""
+    from emu2_megatron.inference import serve_command
+
     with serve_command.listen("127.0.0.1", 0) as listening:
         server = serve_command.server_of(web)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -63,6 +63,7 @@ def worker() -> Iterator[ThreadPoolExecutor]:
 @pytest.fixture
 def serve_app(worker: ThreadPoolExecutor) -> Callable[..., AbstractContextManager[str]]:
     """Serves `serve.app` of `answer`, `tokenizer`, `model` and what else it is given."""
+    from emu2_megatron.inference import serve
 
     def of(answer: Any, tokenizer: Tokenizer, model: ModelConfig, **other: Any) -> AbstractContextManager[str]:
         return serving(serve.app(answer, tokenizer, model, worker, "tiny", **other))

@@ -124,7 +124,7 @@ def test_a_conversation(opened: Any) -> None:
         count = f"{len(model.asked[-1][0].tokens)} + {len(model.tokenizer.encode('Yes.'))}"
         expect(page.locator("article.model .facts").last).to_contain_text(count.split(" +")[0])
 
-        page.get_by_role("button", name="New").click()
+        page.get_by_role("button", name="Start over").click()
         expect(page.locator("article")).to_have_count(0)
         model.says = ["Hello."]
         say(page, "Hi")
@@ -140,9 +140,9 @@ def test_settings(opened: Any) -> None:
         assert model.asked[-1][1] == Options()
         page.get_by_text("Settings").click()
         page.get_by_label("Answers are").select_option("the likeliest, token by token")
-        page.get_by_label("At most, tokens").fill("9")
+        page.get_by_label("Tokens at most").fill("9")
         page.get_by_label("System message").fill("Be brief.")
-        page.get_by_role("button", name="New").click()
+        page.get_by_role("button", name="Start over").click()
         say(page, "b")
         expect(answers(page)).to_have_count(1)
         assert model.asked[-1][1] == Options(max_new_tokens=9, beams=1)
@@ -269,7 +269,7 @@ def test_it_fits_the_screen(width: int, scheme: str, opened: Any) -> None:
         expect(answers(page)).to_have_count(2)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate("document.getElementById('scroll').scrollWidth") <= width
-        for name in ("Send", "Add pictures", "New"):
+        for name in ("Send", "Add pictures", "Start over"):
             place = page.get_by_role("button", name=name).bounding_box()
             assert place["x"] >= 0 and place["x"] + place["width"] <= width and place["y"] + place["height"] <= 800
         light = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(250, 250, 248)"

@@ -26,7 +26,7 @@ from PIL import Image
 from emu2_megatron import cli
 from emu2_megatron.config.schema import ModelConfig
 from emu2_megatron.data.tokenizer import Tokenizer, tokenizer_for
-from emu2_megatron.errors import ConfigError
+from emu2_megatron.errors import ConfigError, Emu2Error
 from emu2_megatron.inference import serve, serve_command
 from emu2_megatron.inference.generate import generate
 from emu2_megatron.inference.load import find
@@ -295,20 +295,29 @@ def _free_port() -> int:
         return int(taken.getsockname()[1])
 
 
+def _first_answer(address: str, record: Any) -> tuple[int, Any]:
+    """Of a server that is about to start."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return call(address, "/api/generate", record)
+        except ConnectionRefusedError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.02)
+
+
 def _ask_and_end(port: int, number: int, records: list[Any]) -> threading.Thread:
-    """Waits for a server of this process, asks it, and then sends the process a signal."""
+    """Asks a server that this process is about to start, puts answers in the place of the records, and sends the
+    process a signal."""
 
     def ask() -> None:
-        end = time.monotonic() + 60
-        said: list[Any] = []
-        while time.monotonic() < end:
-            try:
-                said = [call(f"127.0.0.1:{port}", "/api/generate", record) for record in records]
-                break
-            except ConnectionRefusedError:
-                time.sleep(0.02)
-        records[:] = said
-        os.kill(os.getpid(), number)
+        asked = list(records)
+        records.clear()
+        try:
+            records.extend(_first_answer(f"127.0.0.1:{port}", record) for record in asked)
+        finally:
+            os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=ask)
     thread.start()
@@ -343,6 +352,21 @@ def test_ranks_answer_together(loaded: SimpleNamespace) -> None:
         wanted.append(to_text(generate(loaded.model, [prompt], options)[0], loaded.tokenizer))
     first, second = harness.run(2, _on_rank, loaded.config, 2, _free_port())
     assert json.loads(first["said"]) == wanted and all(wanted) and second["said"] == "[]"
+
+
+def test_ranks_out_of_step_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If generating fails on the first of several, the others wait within it: the server ends, and says why."""
+    told: list[Any] = []
+    monkeypatch.setattr("torch.distributed.new_group", lambda **_: None)
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda box, *_, **__: told.extend(box))
+    monkeypatch.setattr("signal.raise_signal", pytest.fail)  # it ends without one
+    model: Any = SimpleNamespace(here=SimpleNamespace(rank=0, world_size=2), config=SimpleNamespace(model=weights.TINY))
+    model.begin = lambda *_: 1 / 0
+    port = _free_port()
+    with ThreadPoolExecutor(1) as asker, pytest.raises(Emu2Error, match="generating failed, .*: division by zero"):
+        said = asker.submit(_first_answer, f"127.0.0.1:{port}", {"content": "a"})
+        serve_command.serve(model, Tokenizer(weights.TOKENIZER), "tiny", "127.0.0.1", port)
+    assert said.result()[0] == 500 and len(told) == 1 and told[0] is not None
 
 
 # The command
