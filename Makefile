@@ -54,7 +54,7 @@ demo: $(BUILT)  ## train a tiny Emu2 on real samples, with 3D parallelism, on th
 	@PATH="$(CURDIR)/$(VENV)/bin:$$PATH" bash examples/demo.sh
 
 test: $(BUILT)  ## all tests that need no GPU, but for the long fault injections
-	@$(VENV)/bin/pytest -q -m "not gpu and not faults"
+	@$(VENV)/bin/pytest -q -rs -m "not gpu and not faults"
 
 faults: $(BUILT)  ## every fault injection: kills, full disks, damaged files; about ten minutes
 	@$(VENV)/bin/pytest -q tests/faults
@@ -68,7 +68,7 @@ compat: $(BUILT)  ## all tests that need no GPU, on Python 3.12 with the newest 
 check: $(BUILT)  ## ruff, mypy and the fast tests
 	@$(VENV)/bin/ruff check --quiet .
 	@$(VENV)/bin/mypy --no-error-summary
-	@$(VENV)/bin/pytest -q -m "not slow and not gpu"
+	@$(VENV)/bin/pytest -q -m "not slow and not gpu and not faults"
 
 bench: $(BUILT)  ## every benchmark; each ends with a ratio and fails below its target
 	@failed=; for file in $(wildcard benchmarks/[a-z]*.py); do \

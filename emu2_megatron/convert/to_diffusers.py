@@ -33,7 +33,7 @@ from emu2_megatron.convert import huggingface, safetensors
 from emu2_megatron.convert.places import as_bytes, read
 from emu2_megatron.convert.shards import Check, Output, Shard, Unit, group, open_folder, write_shards
 from emu2_megatron.convert.sources import open_source
-from emu2_megatron.convert.to_hf import cast, index
+from emu2_megatron.convert.to_hf import index, written_as
 from emu2_megatron.errors import ConversionError
 from emu2_megatron.model.visual_decoder import build_unet, build_vae, sampling_scheduler
 
@@ -243,8 +243,8 @@ def _write(
     """A network's folder."""
 
     def unit(name: str, tensor: Tensor) -> Unit:
-        wanted = dtype or tensor.dtype
-        return Unit((Output(name, tuple(tensor.shape), wanted),), lambda scratch: [cast(tensor, wanted, scratch)])
+        output = Output(name, tuple(tensor.shape), dtype or tensor.dtype)
+        return Unit((output,), lambda scratch: [written_as(output, tensor, scratch)])
 
     groups = group([unit(*item) for item in tensors.items()], shard_size)
     endings = [f"-{i:05d}-of-{len(groups):05d}" if len(groups) > 1 else "" for i in range(1, len(groups) + 1)]

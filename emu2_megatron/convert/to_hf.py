@@ -98,7 +98,7 @@ def export_units(stored: Checkpoint, model: ModelConfig, dtype: torch.dtype | No
         for part in parts:
             rule, natives = table[part]
             native |= zip(natives, rule.parts(model, stored.read(part, scratch)), strict=True)
-        return [_as(o, hf[o.name][0].merge(model, [native[n] for n in hf[o.name][2]]), scratch) for o in outputs]
+        return [written_as(o, hf[o.name][0].merge(model, [native[n] for n in hf[o.name][2]]), scratch) for o in outputs]
 
     units = []
     for parts, group_of_names in groupby(hf, made_of):
@@ -107,7 +107,7 @@ def export_units(stored: Checkpoint, model: ModelConfig, dtype: torch.dtype | No
     return units
 
 
-def _as(output: Output, tensor: Tensor, scratch: Scratch) -> Tensor:
+def written_as(output: Output, tensor: Tensor, scratch: Scratch) -> Tensor:
     """Contiguous, in the dtype and shape of an output."""
     if tensor.dtype is not output.dtype or not tensor.is_contiguous():
         tensor = scratch.empty(tensor.shape, output.dtype).copy_(tensor)
