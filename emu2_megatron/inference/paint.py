@@ -59,11 +59,12 @@ def paint(
     if height % whole or width % whole:
         raise ValueError(f"size {height} x {width}: both must be multiples of {whole}")
 
+    embeddings_BQE = embeddings_BQE.to(device, unet.dtype)
     if guidance > 1:
-        embeddings_BQE = torch.cat([embeddings_BQE, null_QE.expand_as(embeddings_BQE)])
+        embeddings_BQE = torch.cat([embeddings_BQE, null_QE.to(embeddings_BQE).expand_as(embeddings_BQE)])
     told = torch.tensor([[*(original_size or (height, width)), *crop, height, width]], device=device)
     sizes = told.expand(len(embeddings_BQE), -1).split(2, dim=1)
-    hidden_BQE, added = condition(embeddings_BQE.to(device, unet.dtype), *sizes)
+    hidden_BQE, added = condition(embeddings_BQE, *sizes)
     shape = (unet.config.in_channels, height // scale, width // scale)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return decode_latents(vae, denoise(unet, torch.stack(noise).to(device), hidden_BQE, added, steps, guidance))

@@ -118,9 +118,9 @@ def _check(config: VisualDecoderConfig) -> None:
 
 
 def build_unet(config: VisualDecoderConfig, width: int, seed: int = 0) -> "UNet2DConditionModel":
-    """The denoiser, fp32, freshly initialised, on torch's default device; the same for the same seed on every rank.
+    """The denoiser, fp32, on the CPU, freshly initialised: the same for the same seed on every rank.
 
-    Under `torch.device("meta")` it costs no memory: `to_empty` and `load_state_dict` follow.
+    Under `torch.device("meta")` it costs no memory; `to_empty` and `load_state_dict` follow.
 
     Args:
         config: sizes.
@@ -133,7 +133,7 @@ def build_unet(config: VisualDecoderConfig, width: int, seed: int = 0) -> "UNet2
     from diffusers import UNet2DConditionModel
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU's too
         return UNet2DConditionModel(**unet_config(config, width))
 
 
@@ -142,7 +142,7 @@ def build_vae(config: VisualDecoderConfig, seed: int = 0) -> "AutoencoderKL":
     from diffusers import AutoencoderKL
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPU's too
         return AutoencoderKL(**vae_config(config))
 
 

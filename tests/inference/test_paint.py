@@ -23,13 +23,13 @@ SEEDS = (11, 12)
 
 @pytest.fixture(scope="module")
 def networks() -> tuple[Any, Any]:
-    """Untrained, but with a UNet that listens to its conditions and a VAE whose pictures have contrast."""
+    """Untrained, but with a UNet that listens to its conditions and a VAE whose pictures are within range."""
     unet, vae = vd.build_unet(TINY, WIDTH), vd.build_vae(TINY)
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             if name.endswith(("attn2.to_out.0.weight", "add_embedding.linear_2.weight")):
                 parameter *= 10
-        vae.decoder.conv_out.weight *= 3
+        vae.decoder.conv_out.weight *= 0.5
     return unet, vae
 
 
@@ -96,7 +96,7 @@ def test_diffusers_pipeline_decodes_the_same(networks: Any, embeddings: Any) -> 
     pictures = processor.postprocess(pixels, output_type="pil")
     assert found.shape == (2, 32, 32, 3) and found.dtype is torch.uint8
     assert [picture.numpy().tobytes() for picture in found] == [picture.tobytes() for picture in pictures]
-    assert found.float().std() > 20  # there is something in it
+    assert 15 < found.float().std() < 40  # there is something in it, and hardly a number is clamped
 
 
 def test_what_was_compared_could_tell(networks: Any, embeddings: Any) -> None:

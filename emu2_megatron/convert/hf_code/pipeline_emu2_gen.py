@@ -149,11 +149,11 @@ class EmuVisualGenerationPipeline(DiffusionPipeline):
             raise ValueError(f"height {height} and width {width} must be multiples of {whole}")
 
         guided = guidance_scale > 1
+        hidden_BQE = embeddings_BQE.to(device, unet.dtype)
         if guided:
             if negative_BQE is None:
                 raise ValueError("guidance needs negative embeddings")
-            embeddings_BQE = torch.cat([embeddings_BQE, negative_BQE.expand_as(embeddings_BQE)])
-        hidden_BQE = embeddings_BQE.to(device, unet.dtype)
+            hidden_BQE = torch.cat([hidden_BQE, negative_BQE.to(hidden_BQE).expand_as(hidden_BQE)])
         told = [*(original_size or (height, width)), *crop_info, height, width]
         added = {
             "text_embeds": hidden_BQE.mean(dim=1),
