@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from emu2_megatron.config.schema import Config
 from emu2_megatron.data.decode import normalize
 from emu2_megatron.data.sequence import TEXT_TARGET, VISUAL, VISUAL_TARGET, PackedSequence
-from emu2_megatron.parallel.three_phase import StepOutput
+from emu2_megatron.parallel.step import StepOutput
 from emu2_megatron.parallel.wrap import Engine
 from emu2_megatron.platform.device import BACKEND, activate, device, synchronize, to_device
 from emu2_megatron.platform.precision import DTYPES

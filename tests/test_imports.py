@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "emu2_megatron"
-ORDER = "errors config platform ops data model parallel checkpoint training convert inference evaluation cli".split()
+ORDER = "errors config platform ops data model parallel checkpoint convert training inference evaluation cli".split()
 """A module imports from its own entry and those before it."""
 
 PACKAGE_FILES = sorted((ROOT / PACKAGE).rglob("*.py"))

@@ -21,6 +21,7 @@ from emu2_megatron.model.eva_vit import resize_positions
 from emu2_megatron.model.parameters import RULES, VOCABULARY, stored_parameters
 from emu2_megatron.parallel.topology import of_all_ranks
 from emu2_megatron.parallel.wrap import Engine
+from emu2_megatron.platform.device import device
 
 _POSITIONS = "visual.pos_embed"
 """The one tensor whose shape depends on the size of pictures."""
@@ -133,13 +134,12 @@ def _load_weights(
     """Returns the shapes of all tensors in the checkpoint, and what was changed, in words."""
     shapes, changes = metadata.shapes(contents), list[str]()
     state = weights(engine)
-    positions = engine.encoder.pos_embed
-    table = shapes.get(_POSITIONS, ())
-    resizes = table != positions.shape and _is_table(table, positions.shape[2])
+    table, wanted = shapes.get(_POSITIONS, ()), state[_POSITIONS].shape if _POSITIONS in state else (0, 0, 0)
+    resizes = table != wanted and _is_table(table, wanted[2])
     if resizes:
         # In fp32, so that it is rounded once, after it was resized.
-        state[_POSITIONS] = whole(torch.empty(table, dtype=torch.float32, device=positions.device))
-        changes.append(f"{_POSITIONS} resized from {table[1] - 1} to {positions.shape[1] - 1} patches")
+        state[_POSITIONS] = whole(torch.empty(table, dtype=torch.float32, device=device()))
+        changes.append(f"{_POSITIONS} resized from {table[1] - 1} to {wanted[1] - 1} patches")
     model = engine.step.config.model
     tables = {}
     if grows:
@@ -148,7 +148,8 @@ def _load_weights(
         changes += [f"{name} grown from {shapes[name][0]} to {model.decoder.vocab_size} rows" for name in fewer]
     grown = {name: state[name] for name in tables if name in state}
     state |= {name: first_rows(pieces, tables[name][0]) for name, pieces in grown.items()}
-    surplus = sorted({name for name in shapes if not name.startswith(_BESIDES)} - set(stored_parameters(model)))
+    known = set(stored_parameters(model)) if engine.stages else set(state)  # of a pipeline, a rank has a part
+    surplus = sorted({name for name in shapes if not name.startswith(_BESIDES)} - known)
     missing = sorted(set(state) - set(shapes))
     wrong = sorted(name for name in set(state) & set(shapes) if tuple(state[name].shape) != shapes[name])
     problems = [f"{name} has shape {list(shapes[name])}, the model wants {list(state[name].shape)}" for name in wrong]
@@ -158,7 +159,7 @@ def _load_weights(
     _read(path, state, contents)
     if resizes:
         (stored,) = state[_POSITIONS].boxes.values()
-        positions.data.copy_(resize_positions(stored, positions.shape[1] - 1))
+        engine.encoder.pos_embed.data.copy_(resize_positions(stored, wanted[1] - 1))
     for name in sorted(tables):
         _fill_new_rows(path, contents, name, tables[name], grown.get(name))
     return shapes, changes

@@ -1,6 +1,7 @@
 """What a checkpoint holds: the name of every tensor, and which part of it a rank has, stores and loads.
 
     decoder.layers.17.mlp.linear_fc1.weight       a weight, in the precision of the run; `visual.…` those of the encoder
+    unet.down_blocks.1.…                          instead of these: a weight of the visual decoder
     optimizer.param.decoder.layers.17.…           its fp32 master (none where the weight is fp32 itself)
     optimizer.exp_avg.…, optimizer.exp_avg_sq.…   Adam's moments
     fp8.decoder.layers.17.forward.scale           of emulated delayed scaling; also `backward`, also `history`
@@ -158,9 +159,15 @@ def _entries(engine: Engine) -> Iterator[_Entry]:
             shape, regions = _PLACES[rule](model, tuple(parameter.shape), here.tp_rank, here.tp_size)
             stores = rule.dim is not None or here.tp_rank == 0
             yield _Entry(key_of(name, first_layer), parameter, shape, regions, replica, replicas * stores, number)
-    for number, (name, parameter) in enumerate(engine.encoder.named_parameters()):
+    for number, (name, parameter) in enumerate(whole_parameters(engine)):
         shape, regions = _replicated(model, tuple(parameter.shape), 0, 1)
-        yield _Entry(f"visual.{name}", parameter, shape, regions, here.rank, here.world_size, number)
+        yield _Entry(name, parameter, shape, regions, here.rank, here.world_size, number)
+
+
+def whole_parameters(engine: Engine) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters that every rank has all of, by their names in a checkpoint."""
+    for prefix, module in engine.whole.items():
+        yield from ((f"{prefix}.{name}", parameter) for name, parameter in module.named_parameters())
 
 
 def key_of(name: str, first_layer: int) -> str:

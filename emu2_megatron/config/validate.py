@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ from emu2_megatron.errors import ConfigError
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 LR_SCHEDULES = ("cosine", "linear", "constant")
+OBJECTIVES = ("language", "visual_decoder")
+WARMUP_SHAPES = ("linear", "log")
 RECOMPUTE = ("none", "attention", "full", "block")
 FP8_RECIPES = ("none", "delayed", "current", "block", "mxfp8")
 AMAX_COMPUTE = ("max", "most_recent")
@@ -65,7 +68,7 @@ def validate_files(config: Config) -> None:
     for pattern in config.data.shards:
         if not Path(pattern).exists() and not glob.glob(pattern, recursive=True):
             raise ConfigError(f"data.shards: {pattern} matches no file; {_MAKE_SHARDS}")
-    if not Path(config.data.tokenizer).is_file():
+    if config.training.objective == "language" and not Path(config.data.tokenizer).is_file():
         raise ConfigError(f"data.tokenizer: {config.data.tokenizer} is not a file; {_GIVE_TOKENIZER}")
 
 
@@ -245,6 +248,17 @@ def _within_a_stage(key: str) -> Rule:
     )
 
 
+def _of_language_alone(key: str, otherwise: Any) -> Rule:
+    return Rule(
+        key,
+        lambda config: config.training.objective == "language" or _value(config, key) == otherwise,
+        lambda config: (
+            f"training.objective {config.training.objective} is data-parallel alone, with a frozen encoder; legal: "
+            f"{yaml_value(otherwise)}"
+        ),
+    )
+
+
 _BF16_LAYERS = ("fp8.first_layers_bf16", "fp8.last_layers_bf16")
 _GIVE_TOKENIZER = "give the path of a SentencePiece tokenizer.model"
 _MAKE_SHARDS = "give tar shards; `emu2 shards --input FOLDER --output FOLDER` makes them"
@@ -263,6 +277,9 @@ _POSITIVE = """
     training.initial_loss_scale training.loss_scale_window
     optimizer.decoder_lr optimizer.projection_lr optimizer.encoder_lr optimizer.adam_eps logging.every
     fp8.amax_history
+    optimizer.visual_decoder_lr visual_decoder.image_size visual_decoder.unet_layers_per_block
+    visual_decoder.time_embed_dim visual_decoder.vae_layers_per_block visual_decoder.latent_channels
+    visual_decoder.vae_scaling_factor visual_decoder.norm_num_groups visual_decoder.min_picture_size
     guards.max_skips guards.spike_window guards.hang_minutes guards.straggler_z guards.straggler_records
 """.split()
 _NOT_NEGATIVE = """
@@ -270,7 +287,7 @@ _NOT_NEGATIVE = """
     optimizer.weight_decay optimizer.clip_grad
     checkpoint.every checkpoint.keep_last checkpoint.keep_every
     fp8.first_layers_bf16 fp8.last_layers_bf16 fp8.margin
-    guards.spike_factor
+    guards.spike_factor visual_decoder.noise_offset visual_decoder.paint_every
 """.split()
 
 RULES: list[Rule] = [
@@ -283,9 +300,10 @@ RULES: list[Rule] = [
             "data.phrase_first_probability",
             "data.max_bad_share",
             "optimizer.min_lr_ratio",
+            "visual_decoder.condition_drop",
         ),
     ),
-    *map(_decay, ("optimizer.adam_beta1", "optimizer.adam_beta2")),
+    *map(_decay, ("optimizer.adam_beta1", "optimizer.adam_beta2", "visual_decoder.ema_decay")),
     *map(_each_positive, ("data.weights", "data.samples_per_step", "data.video_frames")),
     Rule("data.video_frames", lambda config: bool(config.data.video_frames), lambda _: "legal: at least one number"),
     Rule(
@@ -308,6 +326,8 @@ RULES: list[Rule] = [
     _unless_null(_not_negative("optimizer.warmup_steps")),
     _unless_null(_share("optimizer.warmup_ratio")),
     _one_of("training.precision", PRECISIONS),
+    _one_of("training.objective", OBJECTIVES),
+    _one_of("optimizer.warmup_shape", WARMUP_SHAPES),
     Rule(
         "training.initial_loss_scale",
         lambda config: 1 <= config.training.initial_loss_scale <= 2.0**127,
@@ -421,7 +441,9 @@ RULES: list[Rule] = [
     ),
     Rule(
         "data.sequence_length",
-        lambda config: config.data.sequence_length >= _longest_picture(config),
+        lambda config: (
+            config.training.objective != "language" or config.data.sequence_length >= _longest_picture(config)
+        ),
         lambda config: (
             f"too short for one picture; legal: {_longest_picture(config)} or more (its visual embeddings "
             f"and {_PICTURE_FRAME} tokens around them)"
@@ -501,8 +523,40 @@ RULES: list[Rule] = [
     ),
     Rule(
         "data.tokenizer",
-        lambda config: config.data.tokenizer != "",
+        lambda config: config.training.objective != "language" or config.data.tokenizer != "",
         lambda _: _GIVE_TOKENIZER,
+    ),
+    Rule(
+        "visual_decoder.largest_scale",
+        lambda config: config.visual_decoder.largest_scale >= 1,
+        lambda _: "legal: 1, which leaves out the random scale, or more",
+    ),
+    Rule(
+        "data.sequence_length",
+        lambda config: (
+            config.training.objective == "language" or config.data.sequence_length == config.model.image_queries
+        ),
+        lambda config: (
+            f"training.objective {config.training.objective} takes a picture a row, legal: model.image_queries "
+            f"{config.model.image_queries}"
+        ),
+    ),
+    *starmap(
+        _of_language_alone,
+        (
+            ("parallel.tensor_parallel_size", 1),
+            ("parallel.pipeline_parallel_size", 1),
+            ("parallel.context_parallel_size", 1),
+            ("parallel.overlap_gradients", False),
+            ("training.train_encoder", False),
+            ("training.encoder_prefetch", False),
+            ("fp8.recipe", "none"),
+        ),
+    ),
+    Rule(
+        "training.recompute",
+        lambda config: config.training.objective == "language" or config.training.recompute in ("none", "full"),
+        lambda config: f"training.objective {config.training.objective}; legal: none, full",
     ),
 ]
 

@@ -6,15 +6,12 @@ from pathlib import Path
 
 from emu2_megatron.checkpoint import files
 from emu2_megatron.checkpoint.load import check_files
-from emu2_megatron.config.schema import Config, DataConfig, ModelConfig, TrainingConfig
+from emu2_megatron.config.schema import Config, DataConfig, TrainingConfig
 from emu2_megatron.convert import from_hf
 from emu2_megatron.convert.command import run_config
-from emu2_megatron.convert.places import Scratch
-from emu2_megatron.convert.sources import Released
-from emu2_megatron.convert.stored import check_model, open_checkpoint, released_tensors
+from emu2_megatron.convert.released import source_of_checkpoint, source_of_folder
 from emu2_megatron.errors import ConfigError
 from emu2_megatron.inference.model import InferenceModel, for_inference
-from emu2_megatron.model.parameters import Source
 from emu2_megatron.parallel import topology
 from emu2_megatron.platform.precision import DTYPES
 
@@ -82,19 +79,3 @@ def find(
             return InferenceModel(whole, here, source_of_checkpoint(checkpoint, whole.model))
 
     return Found(whole, load)
-
-
-def source_of_checkpoint(folder: Path, model: ModelConfig) -> Source:
-    """Released tensors by name, from a checkpoint. Reads only what it is asked for.
-
-    Raises:
-        CheckpointError, ConversionError: the folder is not a complete checkpoint, or another model's.
-    """
-    stored = open_checkpoint(folder)
-    check_model(stored, model)
-    return released_tensors(stored, model)
-
-
-def source_of_folder(released: Released) -> Source:
-    """Released tensors by name, from a folder."""
-    return lambda native: released.read(native, Scratch())

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from emu2_megatron.config.schema import VisualDecoderConfig
+from emu2_megatron.config.schema import Config, VisualDecoderConfig
 from emu2_megatron.errors import ConfigError
 from emu2_megatron.model.eva_vit import EvaVisionTransformer
 
@@ -158,6 +159,23 @@ def sampling_scheduler() -> "EulerDiscreteScheduler":
     from diffusers import EulerDiscreteScheduler
 
     return EulerDiscreteScheduler(**_NOISE, timestep_spacing="leading", steps_offset=1, interpolation_type="linear")
+
+
+def forward_flops(config: Config) -> tuple[int, int]:
+    """FLOPs of the UNet, and of the VAE's encoder, for one picture: matrix products and convolutions, counted by torch
+    on tensors without memory."""
+    decoder, width, size = config.visual_decoder, config.model.encoder.hidden_size, config.visual_decoder.image_size
+    latents = size // downsampling(decoder)
+    with torch.device("meta"), torch.no_grad():
+        unet, vae = build_unet(decoder, width), build_vae(decoder)
+        two = torch.empty(1, 2)
+        hidden, added = condition(torch.empty(1, config.model.image_queries, width), two, two, two)
+        noisy = torch.empty(1, decoder.latent_channels, latents, latents)
+        with FlopCounterMode(display=False) as of_unet:
+            unet(noisy, torch.empty(1), encoder_hidden_states=hidden, added_cond_kwargs=added)
+        with FlopCounterMode(display=False) as of_vae:
+            vae.encode(torch.empty(1, 3, size, size))
+    return of_unet.get_total_flops(), of_vae.get_total_flops()
 
 
 def time_ids(original_B2: Tensor, crop_B2: Tensor, target_B2: Tensor) -> Tensor:

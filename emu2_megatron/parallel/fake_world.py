@@ -66,7 +66,7 @@ def built(config: Config, world_size: int, rank: int) -> Built:
 
 def count(engine: wrap.Engine) -> Built:
     """What a rank's engine holds; on one that really trains, after its first step."""
-    modules: list[nn.Module] = [*engine.stages, engine.encoder]
+    modules: list[nn.Module] = [*engine.stages, *engine.whole.values()]
     weights = [p for module in modules for p in module.parameters()]
     gradients = [buffer.grad_data for part in engine.wrapped for buffer in part.buffers]
     state: list[Tensor] = []

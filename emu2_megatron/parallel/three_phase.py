@@ -6,9 +6,8 @@ pipeline runs over the decoder alone; gradients of the embeddings, collected on 
 encoded the picture. ARCHITECTURE.md explains why.
 """
 
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from torch import Tensor, nn
 
+from emu2_megatron.config import flops
 from emu2_megatron.config.schema import Config
 from emu2_megatron.data.batch import Targets, cu_seqlens, share, targets
 from emu2_megatron.data.decode import normalize
@@ -25,9 +25,10 @@ from emu2_megatron.errors import FeaturesError
 from emu2_megatron.model.decoder import DecoderStage, MicroBatch
 from emu2_megatron.model.parameters import fingerprint
 from emu2_megatron.parallel import exchange, topology
+from emu2_megatron.parallel.step import Clock, StepOutput
 from emu2_megatron.parallel.topology import Topology
 from emu2_megatron.platform.background import background
-from emu2_megatron.platform.device import device, synchronize, to_device
+from emu2_megatron.platform.device import device, to_device
 from emu2_megatron.platform.precision import DTYPES
 
 PHASES = ("exchange", "encode", "decode", "encoder_backward")
@@ -57,29 +58,14 @@ class Prepared:
     own: list[PackedSequence]
     """The sequences that this rank loaded."""
 
-
-@dataclass
-class StepOutput:
-    """What a forward and backward pass found out; the same on every rank except `moments` and what follows it."""
-
-    text_loss: Tensor
-    """fp32 scalar: mean cross-entropy over all text targets of the global batch, 0 if there are none."""
-    image_loss: Tensor
-    """fp32 scalar: mean squared error over all regressed elements of the global batch, 0 if there are none."""
-    counts: Tensor
-    """int64 [6 + DP]: text targets, regressed embeddings, pictures, sequences of the global batch; those of the
-    pictures that were encoded, not loaded as features; padding tokens; and the pictures that each replica encoded."""
-    moments: Tensor
-    """fp64 [2 E + 1]: over the regressed embeddings v of this rank's sequences, sum v | sum v² | count."""
-    seconds: dict[str, float]
-    """Wall time of each phase on this rank; of encoding ahead of time, only what was waited for. `own`: what this rank
-    took of it by itself, without waiting for others, in loading and encoding."""
-    losses_M2: Tensor = field(default_factory=lambda: torch.zeros(0, 2))
-    """fp32 [M, 2], on the last stage: what each micro-batch adds to the losses, as far as this rank computes it."""
-    finite_R: Tensor = field(default_factory=lambda: torch.ones(0, dtype=torch.bool))
-    """bool [R]: whether each of the replica's gathered embeddings is finite."""
-    flags: Tensor = field(default_factory=lambda: torch.zeros(0))
-    """fp32: on how many ranks each flag was up; the same on every rank."""
+    def bad_sequences(self, finite_R: Tensor, replica_rank: int) -> list[int]:
+        """See `step.Batch`."""
+        bad_R, block = ~finite_R.cpu(), max(1, self.placement.block)
+        return [
+            sequence
+            for sequence, rows_R in enumerate(self.placement.rows)
+            if bool((bad_R[rows_R] & (rows_R // block == replica_rank)).any())
+        ]
 
 
 class ThreePhaseStep:
@@ -116,7 +102,11 @@ class ThreePhaseStep:
         self.in_background = background() if config.training.encoder_prefetch else None
         self.fingerprint: str | None = None
         self.entered: Callable[[str], None] = lambda phase: None
-        """Told every phase when it begins."""
+        self.flops_formula = flops.formula(config)
+
+    def flops(self, sequences: int, pictures: int, encoded: int, regressed: int) -> float:
+        """See `step.Step`."""
+        return flops.step_flops(self.config, sequences, pictures, encoded, regressed).total
 
     def prepare(self, own: list[PackedSequence]) -> Prepared:
         """Phase 0: tell the replica what this rank loaded, and share out the pictures.
@@ -128,7 +118,7 @@ class ThreePhaseStep:
             FeaturesError: features were computed by another encoder, or the encoder is trained.
         """
         self.entered("exchange")
-        clock = _Clock({})
+        clock = Clock({})
         stored_RE = self._stored(own)
         tokens_NS, roles_NS = exchange.gather_sequences(
             own, self.sequences, self.config.data.sequence_length, self.replica, device()
@@ -145,7 +135,7 @@ class ThreePhaseStep:
             encode = self.in_background(encode)
         return Prepared(tokens_NS, roles_NS, counts, placement, chunks, encode, stored_RE, clock.seconds, own)
 
-    def __call__(self, batch: Prepared, force_all_reduce: bool = False, flags: Sequence[bool] = ()) -> StepOutput:
+    def __call__(self, batch: Prepared, *, force_all_reduce: bool = False, flags: Sequence[bool] = ()) -> StepOutput:
         """Run all phases on a prepared batch, once.
 
         Args:
@@ -154,7 +144,7 @@ class ThreePhaseStep:
             flags: what this rank wants all to know: they are counted where the losses are summed.
         """
         self.entered("encode")
-        clock = _Clock(batch.seconds)
+        clock = Clock(batch.seconds)
         encoded = batch.encode()
         clock.own()
         own_RE = torch.cat([*(rows_RE.detach() for rows_RE in encoded), batch.stored_RE])
@@ -360,21 +350,3 @@ def _loss(
     losses = stage.losses(hidden_SBD, batch, denominators, image_gradient_scale)
     # The loss is already divided by global counts; a count of 0 tells megatron-core to divide by nothing more.
     return (losses * weights).sum(), torch.zeros((), dtype=torch.int), {"losses": losses.detach()}
-
-
-class _Clock:
-    """Splits a step's wall time into phases."""
-
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self.seconds = seconds
-        self._last = time.perf_counter()
-
-    def own(self) -> None:
-        """What was done since the last lap was this rank's own work."""
-        synchronize()
-        self.seconds["own"] = self.seconds.get("own", 0.0) + time.perf_counter() - self._last
-
-    def lap(self, phase: str) -> None:
-        synchronize()
-        now = time.perf_counter()
-        self.seconds[phase], self._last = now - self._last, now

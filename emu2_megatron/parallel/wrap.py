@@ -23,13 +23,16 @@ from emu2_megatron.model.decoder import DecoderStage, transformer_config
 from emu2_megatron.model.eva_vit import EvaVisionTransformer
 from emu2_megatron.parallel import layout, loss_scale, topology
 from emu2_megatron.parallel.loss_scale import SharedLossScale
+from emu2_megatron.parallel.step import Step
 from emu2_megatron.parallel.three_phase import ThreePhaseStep
 from emu2_megatron.parallel.topology import Topology
 from emu2_megatron.platform import kernels
 from emu2_megatron.platform.device import device
 from emu2_megatron.platform.precision import DTYPES
 
-PARTS = ("decoder", "projection", "encoder")
+PLAIN = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+"""Gradients are summed after the backward pass, in fp32."""
+PARTS = ("decoder", "projection", "encoder", "visual_decoder")
 """Parts of the model with a learning rate of their own: `optimizer.<part>_lr`."""
 
 
@@ -38,20 +41,28 @@ class Engine:
     """Everything one rank needs to train."""
 
     here: Topology
-    encoder: EvaVisionTransformer
-    """The bare encoder."""
+    whole: dict[str, nn.Module]
+    """What every rank has all of and checkpoints hold, by how its names begin there: the bare encoder is `visual`; the
+    visual decoder's UNet is `unet`."""
     stages: list[DecoderStage]
     """The bare parts of the decoder on this rank, in the order data flows; one, unless the schedule is interleaved."""
     first_layers: list[int]
     """Global index of the first layer of each."""
     wrapped: list[DistributedDataParallel]
-    """Whatever is trained of decoder and encoder, with its gradient buffers."""
+    """Whatever is trained, with its gradient buffers."""
     optimizer: ChainedOptimizer
     """megatron-core's optimizer over all of them: one norm, one clip, state sharded over data-parallel ranks."""
-    step: ThreePhaseStep
+    step: Step
     """Forward and backward."""
     loss_scale: SharedLossScale | None
     """fp16's, shared by the optimizers of decoder and encoder."""
+
+    @property
+    def encoder(self) -> EvaVisionTransformer:
+        """The bare encoder, of an engine that has one to store."""
+        encoder = self.whole["visual"]
+        assert isinstance(encoder, EvaVisionTransformer)
+        return encoder
 
     def settle(self) -> None:
         """Wait until every weight is the updated one: with overlap, that is otherwise the next forward pass's business.
@@ -87,12 +98,7 @@ def build(config: Config, here: Topology, source: parameters.Source | None = Non
     _mark_parts(stages, encoder)
 
     overlap = config.parallel.overlap_gradients and here.dp_size * here.cp_size > 1
-    ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True,
-        use_distributed_optimizer=True,
-        overlap_grad_reduce=overlap,
-        overlap_param_gather=overlap,
-    )
+    ddp = replace(PLAIN, overlap_grad_reduce=overlap, overlap_param_gather=overlap)
     wrapped_stages = [DistributedDataParallel(core_config, ddp, stage, disable_bucketing=i > 0)
                       for i, stage in enumerate(stages)]  # fmt: skip
     core_config.finalize_model_grads_func = _finalize_decoder
@@ -105,21 +111,19 @@ def build(config: Config, here: Topology, source: parameters.Source | None = Non
     step_encoder: nn.Module = encoder
     finalize_encoder: Callable[..., None] | None = None
     if config.training.train_encoder:
-        groups = topology.encoder_groups()
         # Not overlapped: a rank without pictures has no backward pass to overlap with.
-        plain = replace(ddp, overlap_grad_reduce=False, overlap_param_gather=False)
-        wrapped_encoder = DistributedDataParallel(_encoder_config(core_config), plain, encoder, pg_collection=groups)
-        optimizers += _optimizer(config, [wrapped_encoder], overlap, pg_collection=groups).chained_optimizers
+        wrapped_encoder, chained = wrap_whole(config, encoder, overlap)
+        optimizers += chained.chained_optimizers
         wrapped.append(wrapped_encoder)
         step_encoder, finalize_encoder = wrapped_encoder, wrapped_encoder.finish_grad_sync
     else:
         encoder.requires_grad_(False).eval()
     optimizer = ChainedOptimizer(optimizers)
     shared_scale = loss_scale.share(optimizer, config.training)
-    _skip_lone_collectives(wrapped)
+    skip_lone_collectives(wrapped)
     core_config.grad_scale_func = optimizer.scale_loss
     step = ThreePhaseStep(config, here, step_encoder, wrapped_stages, finalize_encoder)
-    return Engine(here, encoder, stages, first_layers, wrapped, optimizer, step, shared_scale)
+    return Engine(here, {"visual": encoder}, stages, first_layers, wrapped, optimizer, step, shared_scale)
 
 
 def build_encoder(config: Config, source: parameters.Source | None = None) -> EvaVisionTransformer:
@@ -145,17 +149,23 @@ def _mark_parts(stages: list[DecoderStage], encoder: nn.Module) -> None:
         parameter.part = "encoder"  # type: ignore[attr-defined]
 
 
-def _encoder_config(core_config: TransformerConfig) -> TransformerConfig:
-    """What megatron-core's wrapper wants to know of the encoder: that gradients are sums, and its precision."""
-    return TransformerConfig(
+def wrap_whole(config: Config, module: nn.Module, overlap: bool = False) -> tuple[DistributedDataParallel, Any]:
+    """A module that every rank has all of, with its gradient buffers, and its optimizer, whose state is shared out over
+    the world."""
+    dtype = DTYPES[config.training.precision]
+    # What megatron-core's wrapper wants to know: that gradients are sums, and the precision. It ignores the sizes.
+    core_config = TransformerConfig(
         num_layers=1,
-        hidden_size=core_config.hidden_size,
-        num_attention_heads=core_config.num_attention_heads,
+        hidden_size=1,
+        num_attention_heads=1,
         calculate_per_token_loss=True,
-        params_dtype=core_config.params_dtype,
-        bf16=core_config.bf16,
-        fp16=core_config.fp16,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
     )
+    groups = topology.encoder_groups()
+    wrapped = DistributedDataParallel(core_config, PLAIN, module, pg_collection=groups)
+    return wrapped, _optimizer(config, [wrapped], overlap, pg_collection=groups)
 
 
 def _finalize_decoder(model: list[Any], num_tokens: Any = None, **groups: Any) -> None:
@@ -195,7 +205,7 @@ def _optimizer(
     return chained
 
 
-def _skip_lone_collectives(wrapped: list[DistributedDataParallel]) -> None:
+def skip_lone_collectives(wrapped: list[DistributedDataParallel]) -> None:
     """A data-parallel group of one has nothing to sum or gather, but gloo would copy all gradients to find out."""
     for group in (group for part in wrapped for group in part.bucket_groups):
         if group.intra_distributed_optimizer_instance_size == 1:

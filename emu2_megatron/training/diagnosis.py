@@ -15,11 +15,11 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, from_numpy, nn
 
-from emu2_megatron.checkpoint.state import key_of
+from emu2_megatron.checkpoint.state import key_of, whole_parameters
 from emu2_megatron.config.schema import TrainingConfig
 from emu2_megatron.data.sequence import Features
 from emu2_megatron.parallel import topology
-from emu2_megatron.parallel.three_phase import Prepared
+from emu2_megatron.parallel.step import Batch
 from emu2_megatron.parallel.wrap import Engine
 from emu2_megatron.training.step import StepReport
 
@@ -73,7 +73,7 @@ class Cause:
     """The sequences concerned; all of a replica if it cannot be said more exactly."""
 
 
-def note(engine: Engine, training: TrainingConfig, batch: Prepared, report: StepReport) -> Note:
+def note(engine: Engine, training: TrainingConfig, batch: Batch, report: StepReport) -> Note:
     """This rank's findings about the latest step, whose gradients are still there."""
     here = engine.here
     found = Note(here.rank, here.dp_rank, here.pp_rank, dist.get_process_group_ranks(_decoder_group(engine)))
@@ -82,10 +82,7 @@ def note(engine: Engine, training: TrainingConfig, batch: Prepared, report: Step
             found.weights.append(name)
     found.gradients, found.summed_gradients = _bad_gradients(engine)
     found.losses = report.output.losses_M2.tolist()
-    bad_R, block = ~report.output.finite_R.cpu(), max(1, batch.placement.block)
-    for sequence, rows_R in enumerate(batch.placement.rows):
-        if bool((bad_R[rows_R] & (rows_R // block == here.replica_rank)).any()):
-            found.embedding_rows.append(sequence)
+    found.embedding_rows = batch.bad_sequences(report.output.finite_R, here.replica_rank)
     for i, (row, slot) in enumerate(zip(batch.own, here.slots(training.global_batch_size), strict=True)):
         sequence = i * here.replica_size + here.replica_rank
         found.rows.append(Row(sequence, sequence // training.micro_batch_size, slot, row.keys, row.shards))
@@ -136,7 +133,7 @@ def explain(notes: list[Note], finite: bool) -> Cause:
     return _cause(f"not finite: gradients of {_some(names)} of rank {_ranks(guilty)}", guilty, chosen)
 
 
-def dump(folder: Path, engine: Engine, batch: Prepared, notes: list[Note], cause: Cause, problem: str) -> str:
+def dump(folder: Path, engine: Engine, batch: Batch, notes: list[Note], cause: Cause, problem: str) -> str:
     """Write this rank's share of the batch, and on rank 0 what was found. Returns what went wrong with that.
 
     `rank_00003.safetensors` has, of every sequence that rank 3 loaded, `slot_00007.tokens_S`, `.roles_S` and
@@ -150,6 +147,7 @@ def dump(folder: Path, engine: Engine, batch: Prepared, notes: list[Note], cause
         for i, picture in enumerate(sequence.pictures):
             kind, tensor = ("features", picture.rows_QE) if isinstance(picture, Features) else ("picture", picture)
             tensors[f"{slot}.{kind}_{i}"] = tensor
+        tensors |= {f"{slot}.crop_{i}": crop.painted_3HW for i, crop in enumerate(sequence.crops)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
@@ -171,7 +169,7 @@ def _named(engine: Engine) -> Iterator[tuple[str, nn.Parameter]]:
     """All parameters of this rank by their names in a checkpoint."""
     for stage, first_layer in zip(engine.stages, engine.first_layers, strict=True):
         yield from ((key_of(name, first_layer), parameter) for name, parameter in stage.named_parameters())
-    yield from ((f"visual.{name}", parameter) for name, parameter in engine.encoder.named_parameters())
+    yield from whole_parameters(engine)
 
 
 def _bad_gradients(engine: Engine) -> tuple[list[str], list[str]]:

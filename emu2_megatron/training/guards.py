@@ -18,7 +18,7 @@ import psutil
 
 from emu2_megatron.config.schema import Config
 from emu2_megatron.errors import Stopped, TrainingDiverged
-from emu2_megatron.parallel.three_phase import Prepared
+from emu2_megatron.parallel.step import Batch
 from emu2_megatron.parallel.wrap import Engine
 from emu2_megatron.training import diagnosis
 from emu2_megatron.training.launch import EXIT_CODES
@@ -88,7 +88,7 @@ class Guards:
             f"(guards.spike_factor {guards.spike_factor:g})"
         )
 
-    def after(self, step: int, batch: Prepared, report: StepReport) -> None:
+    def after(self, step: int, batch: Batch, report: StepReport) -> None:
         """Take in what a step came to; called by all ranks together.
 
         Raises:

@@ -15,11 +15,11 @@ from emu2_megatron.config.layout import part_layers
 from emu2_megatron.config.loading import to_yaml
 from emu2_megatron.config.schema import Config
 from emu2_megatron.config.validate import replica_size
-from emu2_megatron.data.tokenizer import tokenizer_for
 from emu2_megatron.errors import ConfigError, Emu2Error, PeerLost, Stopped
 from emu2_megatron.parallel import estimate_memory
 from emu2_megatron.parallel.estimate_memory import Work
 from emu2_megatron.platform import kernels
+from emu2_megatron.training import objective
 
 EXIT_CODES = {signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGUSR1: os.EX_TEMPFAIL}
 """What a run that a signal asked to end returns once it has saved: SIGTERM's is the shell's for it, SIGUSR1's means
@@ -39,7 +39,7 @@ def train(config: Config, nproc_per_node: int | None = None) -> None:
     """
     kernels.require_fp8(config.fp8)
     _check_directory(config)
-    tokenizer_for(config)  # a wrong one is cheaper to notice before the model is built
+    objective.tokenizer(config)  # a wrong one is cheaper to notice before the model is built
     if "RANK" in os.environ:
         # Ctrl-C reaches every rank at once: each ends without a traceback, and the launcher says it once.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -133,15 +133,22 @@ def _check_machine(config: Config, processes: int) -> None:
                 "machines start `emu2 train` under torchrun"
             )
         return
-    replicas = processes // replica_size(config)
-    stages = estimate_memory.memory(Work(config, replicas, estimate_memory.default_images(config), False))
-    needed = sum(stage.total for stage in stages) * (processes // len(stages))
+    needed = _memory(config, processes)
     memory = psutil.virtual_memory().total
     if needed > memory:
         raise ConfigError(
             f"model.preset: {config.model.preset} needs about {needed / 2**30:.0f} GiB on {processes} CPU processes, "
             f"this machine has {memory / 2**30:.0f} GiB and no GPU; try model.preset=emu2_tiny, or a cluster"
         )
+
+
+def _memory(config: Config, processes: int) -> float:
+    """Bytes that all ranks of a run need together, about."""
+    if config.training.objective != "language":
+        return objective.state_bytes(config) * processes
+    replicas = processes // replica_size(config)
+    stages = estimate_memory.memory(Work(config, replicas, estimate_memory.default_images(config), False))
+    return sum(stage.total for stage in stages) * (processes // len(stages))
 
 
 def _launch(config: Config, processes: int) -> None:

@@ -10,11 +10,10 @@ from emu2_megatron.checkpoint.save import Saver
 from emu2_megatron.config.loading import to_yaml
 from emu2_megatron.config.schema import Config
 from emu2_megatron.data.loader import Loader, State, merged
-from emu2_megatron.data.tokenizer import tokenizer_for
 from emu2_megatron.errors import Stopped
 from emu2_megatron.parallel import topology, wrap
-from emu2_megatron.parallel.three_phase import Prepared
-from emu2_megatron.training import begin
+from emu2_megatron.parallel.step import Batch
+from emu2_megatron.training import begin, objective
 from emu2_megatron.training.guards import Guards
 from emu2_megatron.training.launch import checkpoint_directory
 from emu2_megatron.training.meters import Meter, peak
@@ -40,12 +39,12 @@ def run(config: Config) -> None:
 
 def _train(config: Config) -> None:
     here = topology.initialize(config)
-    tokenizer = tokenizer_for(config)
+    tokenizer = objective.tokenizer(config)
     folder = Path(config.logging.directory)
     quarantine = folder / "quarantine" / f"rank_{here.rank:05d}.jsonl"
     slots = here.slots(config.training.global_batch_size)
     with begin.only_run(config), Loader(config, tokenizer, slots, quarantine=quarantine) as loader:
-        engine = wrap.build(config, here)
+        engine = objective.build(config, here)
         trainer, lines = begin.begin(config, engine, loader)
         writers = None
         if here.rank == 0:
@@ -81,9 +80,9 @@ def _steps(
         Stopped: the run was asked to end earlier, and has saved.
     """
     saved = ""
-    best, what_is_counted = peak(config)
+    best, what_is_counted = peak(config, engine.step.flops_formula)
     guards.say(what_is_counted)
-    meter = Meter(config, best)
+    meter = Meter(config, best, engine.step.flops)
     saver = Saver(config.checkpoint, checkpoint_directory(config), engine, guards.say)
     for step, (batch, place, skipped) in enumerate(_batches(config, engine, loader, guards, done), start=done + 1):
         stop = None
@@ -103,7 +102,7 @@ def _steps(
         if meter.steps and (step == 1 or last or step % config.logging.every == 0):
             record = meter.record(step, report, skipped, guards.skipped)
             guards.stragglers(meter.z_scores)
-            meter = Meter(config, best)
+            meter = Meter(config, best, engine.step.flops)
             if writers:
                 writers.write(record)
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
@@ -120,10 +119,10 @@ def _steps(
 
 def _batches(
     config: Config, engine: wrap.Engine, loader: Loader, guards: Guards, done: int
-) -> Iterator[tuple[Prepared, State, int]]:
+) -> Iterator[tuple[Batch, State, int]]:
     """The batch of every step after the first `done`, the place in the data after it, and the samples skipped until
     then; prepared one step ahead if the encoder runs ahead."""
-    ahead: deque[tuple[Prepared, State, int]] = deque()
+    ahead: deque[tuple[Batch, State, int]] = deque()
     for step in range(done + 1, config.training.steps + 1):
         guards.watchdog.begin(step)
         left = config.training.steps + 1 - step

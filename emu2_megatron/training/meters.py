@@ -1,6 +1,7 @@
 """Turns steps into log records."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from emu2_megatron.config import flops
 from emu2_megatron.config.schema import Config
 from emu2_megatron.parallel import topology
 from emu2_megatron.parallel.wrap import PARTS
@@ -29,9 +29,10 @@ def mean_predictor_loss(moments: Tensor) -> float:
     return float((square_E - mean_E.square()).mean())
 
 
-def peak(config: Config) -> tuple[float, str]:
-    """FLOP/s that MFU is a share of, the mean over ranks, and what it is and counts, in words. Called by all ranks
-    together: a rank that shares its cores with others is measured while they are busy too."""
+def peak(config: Config, formula: str) -> tuple[float, str]:
+    """FLOP/s that MFU is a share of, the mean over ranks, and what it is and counts, in words; `formula` are those of a
+    step's FLOPs. Called by all ranks together: a rank that shares its cores is measured while the others are busy too.
+    """
     dist.barrier()
     mine, source = gpus.peak_flops(config.training.precision, device().type)
     total = torch.tensor([mine], dtype=torch.float64, device=device())
@@ -42,7 +43,7 @@ def peak(config: Config) -> tuple[float, str]:
         precision += "'s peak, also for what is multiplied in FP8"
     return mean, (
         f"MFU = FLOPs of a step / seconds / ranks / {mean / 1e12:.4g} TFLOP/s ({precision}; {source})\n"
-        f"FLOPs of a step = {flops.formula(config)}\n"
+        f"FLOPs of a step = {formula}\n"
         "counted: all positions of all sequences; the encoder by the pictures it really encoded"
     )
 
@@ -59,6 +60,8 @@ class Meter:
     config: Config
     peak: float
     """FLOP/s of a rank at best."""
+    flops: Callable[[int, int, int, int], float]
+    """`Step.flops`."""
     steps: int = 0
     """Steps taken in."""
     z_scores: list[float] = field(default_factory=list)
@@ -71,6 +74,10 @@ class Meter:
     _could_encode: int = 0
     _moments: Tensor | float = 0.0
     _seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def _parts(self) -> tuple[str, ...]:
+        return PARTS[:-1] if self.config.training.objective == "language" else PARTS[-1:]
 
     def add(self, report: StepReport) -> None:
         """Take in one step."""
@@ -110,8 +117,7 @@ class Meter:
         losses = (self._sums / self._targets.clamp(min=1)).tolist() if learnt else [None, None]
         regressed, pictures, sequences, encoded, padding = (int(n) for n in self._counts[1:])
         tokens = sequences * self.config.data.sequence_length
-        done = flops.step_flops(self.config, sequences, pictures, encoded, regressed)
-        achieved = done.total / elapsed / dist.get_world_size()
+        achieved = self.flops(sequences, pictures, encoded, regressed) / elapsed / dist.get_world_size()
         return {
             "step": step,
             "text_loss": losses[0],
@@ -121,7 +127,7 @@ class Meter:
             "loss_scale": report.loss_scale,
             "skipped_updates": report.skipped_updates,
             "skipped_steps": skipped_steps,
-            **{f"lr_{part}": getattr(self.config.optimizer, f"{part}_lr") * report.lr_factor for part in PARTS},
+            **{f"lr_{part}": getattr(self.config.optimizer, f"{part}_lr") * report.lr_factor for part in self._parts},
             "padding_share": padding / tokens,
             "encoder_balance": encoded / self._could_encode if encoded else 1.0,
             "tokens_per_second": tokens / elapsed,

@@ -15,7 +15,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from emu2_megatron.config.schema import Config
 from emu2_megatron.errors import DataError
-from emu2_megatron.parallel.three_phase import Prepared, StepOutput
+from emu2_megatron.parallel.step import Batch, StepOutput
 from emu2_megatron.parallel.wrap import Engine
 from emu2_megatron.training.schedules import lr_factor
 
@@ -44,7 +44,7 @@ class StepReport:
 def train_step(
     engine: Engine,
     config: Config,
-    batch: Prepared,
+    batch: Batch,
     step: int,
     flags: Sequence[bool] = (),
     judge: Callable[[float, float], str] = lambda text_loss, image_loss: "",

@@ -25,7 +25,7 @@ from emu2_megatron.convert.to_diffusers import from_diffusers, to_diffusers
 from emu2_megatron.convert.to_hf import to_hf
 from emu2_megatron.data.decode import normalize
 from emu2_megatron.errors import ConversionError
-from emu2_megatron.inference.paint import paint
+from emu2_megatron.model.paint import paint
 from emu2_megatron.model.sdxl import load_sdxl
 from emu2_megatron.model.visual_decoder import build_unet, build_vae
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from emu2_megatron.config.schema import Config, TrainingConfig
 from emu2_megatron.convert import from_hf
+from emu2_megatron.convert.released import source_of_checkpoint
 from emu2_megatron.inference.generate import generate, generate_image
-from emu2_megatron.inference.load import source_of_checkpoint
 from emu2_megatron.inference.model import InferenceModel, Prompt, build, for_inference
 from emu2_megatron.inference.search import Options
 from emu2_megatron.parallel import topology

@@ -10,7 +10,7 @@ import torch
 from emu2_megatron.config import flops
 from emu2_megatron.config.schema import Fp8Config
 from emu2_megatron.parallel import topology
-from emu2_megatron.parallel.three_phase import StepOutput
+from emu2_megatron.parallel.step import StepOutput
 from emu2_megatron.platform import gpus
 from emu2_megatron.training.meters import Meter, mean_predictor_loss, peak
 from emu2_megatron.training.step import StepReport

@@ -11,8 +11,8 @@ import torch
 
 from emu2_megatron.config.presets import VISUAL_DECODERS
 from emu2_megatron.inference import paint as painting
-from emu2_megatron.inference.paint import paint
 from emu2_megatron.model import visual_decoder as vd
+from emu2_megatron.model.paint import paint
 
 diffusers = pytest.importorskip("diffusers")
 
