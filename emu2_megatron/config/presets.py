@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from emu2_megatron.config.schema import DecoderConfig, EncoderConfig, ModelConfig
+from emu2_megatron.config.schema import DecoderConfig, EncoderConfig, ModelConfig, VideoDecoderConfig
 
 _EMU2_37B = ModelConfig()
 
@@ -45,5 +45,13 @@ PRESETS: dict[str, ModelConfig] = {
         ),
         image_queries=4,
         frame_queries=4,
+    ),
+}
+
+VIDEO_DECODERS: dict[str, VideoDecoderConfig] = {
+    "emu2_video": VideoDecoderConfig(),
+    # For emu2_tiny's embeddings: two levels, so that there is a way down, a middle and a way up.
+    "emu2_video_tiny": VideoDecoderConfig(
+        embedding_size=56, channels=(32, 64), attention_heads=(2, 4), layers_per_block=1, norm_groups=8
     ),
 }

@@ -55,6 +55,30 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
+class VideoDecoderConfig:
+    """The video decoder: Stable Diffusion 2.1's UNet made 3D, which reads frames' visual embeddings instead of text."""
+
+    embedding_size: int = 1792
+    """Width E of a visual embedding, the encoder's; what cross-attention reads (Stable Diffusion 2.1: 1024)."""
+    latent_channels: int = 4
+    """Channels of the autoencoder's latents."""
+    channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    """Channels of each level, finest first; every level but the last has attention and halves height and width."""
+    attention_heads: tuple[int, ...] = (5, 10, 20, 20)
+    """Attention heads of each level (diffusers calls them attention_head_dim); each divides the level's channels."""
+    layers_per_block: int = 2
+    """Residual blocks of each level on the way down; one more on the way up."""
+    norm_groups: int = 32
+    """Groups of every GroupNorm; divides all channels."""
+    temporal_kernel_size: int = 3
+    """Frames that a temporal convolution sees; odd."""
+    prediction_type: str = "v_prediction"
+    """What the UNet predicts: v_prediction, as the checkpoint named Stable Diffusion 2.1 (768 pixels) was trained to,
+    or epsilon (the noise), as its base version (512 pixels) was. The paper does not say which it began from. Weights of
+    both have the same names and shapes: with the wrong one a checkpoint loads, and has to learn anew."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Which model; a preset first, single fields over it."""
 
