@@ -120,7 +120,7 @@ class VideoDecoder(nn.Module):
 
         Args:
             latents_BTCHW: noisy latents, any T from 1, in the dtype of the weights.
-            timesteps_B: integers below the schedule's length: all frames of a clip are equally noisy.
+            timesteps_B: from 0 to the schedule's length: all frames of a clip are equally noisy.
             embeddings_BTQE: visual embeddings of each frame, as the encoder or the language model gives them.
 
         Raises:
