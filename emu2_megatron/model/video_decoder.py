@@ -1,4 +1,4 @@
-"""The video decoder: Stable Diffusion 2.1's UNet made 3D (Emu2, arXiv 2312.13286, section 2.2, "Visual Decoder").
+"""The video decoder: Stable Diffusion 2.1's UNet made 3D (Emu2, arXiv 2312.13286).
 
 The paper puts a 1D convolution over time after each 2D convolution and extends spatial attention to spatio-temporal
 attention. Its weights were never published; how the new parts begin is Make-A-Video's rule (arXiv 2209.14792): at the

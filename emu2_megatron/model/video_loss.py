@@ -87,8 +87,8 @@ def denoising_loss(
         null_QE: what stands for the embeddings of a frame that are withheld: the embeddings of a picture whose
             normalised pixels are all 0, with which Emu2-Gen guides.
         seeds: one a clip. Give a clip another one each time it is seen.
-        unconditional_share: chance that a clip is trained without its embeddings (paper, appendix: 10 %).
-        noise_offset: weight of the offset (paper, appendix: 0.1).
+        unconditional_share: chance that a clip's embeddings are withheld (the paper's decoder of pictures: 10 %).
+        noise_offset: weight of the offset (the same: 0.1).
     """
     device, dtype = latents_BTCHW.device, next(decoder.parameters()).dtype
     steps = schedule.config.num_train_timesteps
