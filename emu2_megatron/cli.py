@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     # Overrides may stand before, between and after the options, which argparse cannot say: they are what is left over.
     options, rest = parser.parse_known_args(arguments)
-    takes_fields = hasattr(options, "config") and options.command != "generate"
+    takes_fields = hasattr(options, "config") and options.command not in ("generate", "serve")
     if wrong := [text for text in rest if text.startswith("-") or not takes_fields]:
         hint = f" (a field of the configuration? then: {wrong[0].lstrip('-')}=VALUE)" if "." in wrong[0] else ""
         parser.error(f"unknown argument: {' '.join(wrong)}{hint}")
@@ -45,6 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from emu2_megatron.inference import command as generate
 
             return generate.run(options, sys.argv[1:] if arguments is None else arguments)
+        if options.command == "serve":
+            from emu2_megatron.inference import serve_command
+
+            return serve_command.run(options, sys.argv[1:] if arguments is None else arguments)
         if options.command == "data":
             return _inspect(options.config, rest, options.rows, options.output)
         return _doctor()
@@ -253,6 +257,18 @@ def _parser() -> argparse.ArgumentParser:
             usage="emu2 generate (--checkpoint DIR | --model DIR) (PART ... | --prompts FILE) [options]",
             description="Let a model continue a prompt of text, pictures and videos: describe, answer, chat, point at "
             "things, or regress the visual embeddings of a picture. docs/inference.md has examples.",
+            allow_abbrev=False,
+        )
+    )
+    from emu2_megatron.inference import serve_command
+
+    serve_command.add_arguments(
+        commands.add_parser(
+            "serve",
+            help="a local web page to chat with pictures",
+            usage="emu2 serve (--checkpoint DIR | --model DIR) [--host ADDRESS] [--port N] [options]",
+            description="Serve a web page on this machine to talk with a model about pictures: conversations with a "
+            "chat model, captions and continuations with any. Needs the extra `serve` (FastAPI and uvicorn).",
             allow_abbrev=False,
         )
     )

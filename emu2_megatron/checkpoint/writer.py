@@ -5,7 +5,6 @@ its threads, and knows the checksum of what it wrote without reading it again.
 """
 
 import os
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +17,8 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
+
+from emu2_megatron.checkpoint import files
 
 THREADS = 2
 """Files of a rank, written side by side."""
@@ -40,7 +41,7 @@ class Writer(FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         names = [f"__{self.rank}_{number}.distcp" for number in range(THREADS)]
-        with ThreadPoolExecutor(THREADS) as pool, _without_crc32():
+        with ThreadPoolExecutor(THREADS) as pool, without_crc32():
             done = list(pool.map(lambda name, items: self._write(name, items, planner), names, _shared(plan.items)))
         future: Future[list[WriteResult]] = Future()
         future.set_result([result for results in done for result in results])
@@ -50,7 +51,7 @@ class Writer(FileSystemWriter):
         results: list[WriteResult] = []
         if not items:
             return results
-        with open(self.folder / name, "wb") as file:
+        with open(self.folder / name, "wb", buffering=0) as file:
             stream: Any = _Summed(file)
             for item in items:
                 start = stream.size
@@ -61,15 +62,14 @@ class Writer(FileSystemWriter):
                 torch.save(tensor, stream)
                 place = _StorageInfo(name, start, stream.size - start)
                 results.append(WriteResult(item.index, stream.size - start, place))
-            file.flush()
             os.fsync(file.fileno())
         self.checksums[name] = {"bytes": stream.size, "crc32": stream.crc32}
         return results
 
 
 @contextmanager
-def _without_crc32() -> Iterator[None]:
-    """torch.save's own checksum costs more than writing, and `_Summed` has one of the whole file."""
+def without_crc32() -> Iterator[None]:
+    """torch.save's own checksum costs more than writing, and a file has one of all of it."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -86,9 +86,9 @@ class _Summed:
         self.size = self.crc32 = 0
 
     def write(self, data: bytes) -> int:
-        self.crc32 = zlib.crc32(data, self.crc32)
+        self.crc32 = files.append(self.file, data, self.crc32)
         self.size += len(data)
-        return self.file.write(data)
+        return len(data)
 
     def flush(self) -> None:
         """Nothing: it is done once, at the end."""

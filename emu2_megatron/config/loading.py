@@ -12,18 +12,20 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from emu2_megatron.config import describe
-from emu2_megatron.config.presets import PRESETS
-from emu2_megatron.config.schema import Config, ModelConfig
+from emu2_megatron.config.presets import PRESETS, VISUAL_DECODERS
+from emu2_megatron.config.schema import Config
 from emu2_megatron.errors import ConfigError
 
 _RECIPES = importlib.resources.files("emu2_megatron.config") / "recipes"
+
+Section = TypeVar("Section")
 
 _Setting = tuple[str, Any, str]
 """Dotted key, value, and where it was given, for the error."""
@@ -46,8 +48,9 @@ def load(name_or_file: str, overrides: Sequence[str] = ()) -> Config:
             `validate` does that.
     """
     settings = [*_read_yaml(name_or_file), *(_parse_override(text) for text in overrides)]
-    preset = _preset([value for key, value, _ in settings if key == "model.preset"])
-    config = OmegaConf.structured(Config(model=preset))
+    model = _preset("model.preset", PRESETS, settings)
+    visual_decoder = _preset("visual_decoder.preset", VISUAL_DECODERS, settings)
+    config = OmegaConf.structured(Config(model=model, visual_decoder=visual_decoder))
     for section in describe.sections():  # OmegaConf locks each node that comes from a frozen dataclass
         OmegaConf.set_readonly(OmegaConf.select(config, section) if section else config, False)
     for key, value, source in settings:
@@ -116,12 +119,13 @@ def _parse_override(text: str) -> _Setting:
         raise ConfigError(f"{key}: {_show(value)}: {_first_line(error)}") from error
 
 
-def _preset(given: Sequence[Any]) -> ModelConfig:
-    name = given[-1] if given else ModelConfig().preset
-    if not isinstance(name, str) or name not in PRESETS:
-        legal = ", ".join(PRESETS)
-        raise ConfigError(f"model.preset: unknown preset {_show(name)}{_nearest(name, PRESETS)}; legal: {legal}")
-    return PRESETS[name]
+def _preset(key: str, presets: dict[str, Section], settings: Sequence[_Setting]) -> Section:
+    """The last one given; the first of `presets` if none is."""
+    name = [next(iter(presets)), *(value for setting, value, _ in settings if setting == key)][-1]
+    if not isinstance(name, str) or name not in presets:
+        legal = ", ".join(presets)
+        raise ConfigError(f"{key}: unknown preset {_show(name)}{_nearest(name, presets)}; legal: {legal}")
+    return presets[name]
 
 
 def _set(config: DictConfig, key: str, value: Any, source: str) -> None:

@@ -2,7 +2,13 @@
 
 from dataclasses import replace
 
-from emu2_megatron.config.schema import DecoderConfig, EncoderConfig, ModelConfig, VideoDecoderConfig
+from emu2_megatron.config.schema import (
+    DecoderConfig,
+    EncoderConfig,
+    ModelConfig,
+    VideoDecoderConfig,
+    VisualDecoderConfig,
+)
 
 _EMU2_37B = ModelConfig()
 
@@ -48,10 +54,34 @@ PRESETS: dict[str, ModelConfig] = {
     ),
 }
 
-VIDEO_DECODERS: dict[str, VideoDecoderConfig] = {
-    "emu2_video": VideoDecoderConfig(),
-    # For emu2_tiny's embeddings: two levels, so that there is a way down, a middle and a way up.
-    "emu2_video_tiny": VideoDecoderConfig(
-        embedding_size=56, channels=(32, 64), attention_heads=(2, 4), layers_per_block=1, norm_groups=8
+VISUAL_DECODERS: dict[str, VisualDecoderConfig] = {
+    "emu2_gen": VisualDecoderConfig(),
+    # Pictures of 64 x 64, latents of 16 x 16; 2.8 M parameters on emu2_tiny's embeddings, and 0.2 M in the VAE.
+    "emu2_gen_tiny": VisualDecoderConfig(
+        preset="emu2_gen_tiny",
+        image_size=64,
+        unet_channels=(32, 64, 96),
+        unet_transformer_layers=(0, 1, 1),
+        unet_attention_heads=(2, 4, 6),
+        unet_layers_per_block=1,
+        time_embed_dim=16,
+        vae_channels=(16, 32, 32),
+        vae_layers_per_block=1,
+        norm_num_groups=8,
+        min_picture_size=64,
     ),
 }
+"""Named sizes of the visual decoder."""
+
+VIDEO_DECODERS: dict[str, VideoDecoderConfig] = {
+    "emu2_video": VideoDecoderConfig(),
+    # Two levels: with those there are a way down, a middle and a way up.
+    "emu2_video_tiny": VideoDecoderConfig(
+        preset="emu2_video_tiny",
+        unet_channels=(32, 64),
+        unet_attention_heads=(2, 4),
+        unet_layers_per_block=1,
+        norm_num_groups=8,
+    ),
+}
+"""Named sizes of the video decoder."""

@@ -55,30 +55,6 @@ class DecoderConfig:
 
 
 @dataclass(frozen=True)
-class VideoDecoderConfig:
-    """The video decoder: Stable Diffusion 2.1's UNet made 3D, which reads frames' visual embeddings instead of text."""
-
-    embedding_size: int = 1792
-    """Width E of a visual embedding, the encoder's; what cross-attention reads (Stable Diffusion 2.1: 1024)."""
-    latent_channels: int = 4
-    """Channels of the autoencoder's latents."""
-    channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    """Channels of each level, finest first; every level but the last has attention and halves height and width."""
-    attention_heads: tuple[int, ...] = (5, 10, 20, 20)
-    """Attention heads of each level (diffusers calls them attention_head_dim); each divides the level's channels."""
-    layers_per_block: int = 2
-    """Residual blocks of each level on the way down; one more on the way up."""
-    norm_groups: int = 32
-    """Groups of every GroupNorm; divides all channels."""
-    temporal_kernel_size: int = 3
-    """Frames that a temporal convolution sees; odd."""
-    prediction_type: str = "v_prediction"
-    """What the UNet predicts: v_prediction, as the checkpoint named Stable Diffusion 2.1 (768 pixels) was trained to,
-    or epsilon (the noise), as its base version (512 pixels) was. The paper does not say which it began from. Weights of
-    both have the same names and shapes: with the wrong one a checkpoint loads, and has to learn anew."""
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """Which model; a preset first, single fields over it."""
 
@@ -92,6 +68,94 @@ class ModelConfig:
     """Visual embeddings Q of a still picture (64; Emu2-Chat 256): a square whose side divides the patch grid's."""
     frame_queries: int = 64
     """Visual embeddings of a video frame."""
+
+
+@dataclass(frozen=True)
+class VisualDecoderConfig:
+    """The visual decoder of Emu2-Gen: SDXL's UNet, conditioned on visual embeddings, and SDXL's VAE. The width of the
+    embeddings is the encoder's."""
+
+    preset: str = "emu2_gen"
+    """emu2_gen, or emu2_gen_tiny (on the embeddings of emu2_tiny)."""
+    image_size: int = 1024
+    """Height and width of the pictures it is trained on, pixels; a multiple of what VAE and UNet together reduce them
+    by."""
+    unet_channels: tuple[int, ...] = (320, 640, 1280)
+    """Channels of the UNet's levels, from the finest on; each level but the last halves height and width."""
+    unet_transformer_layers: tuple[int, ...] = (0, 2, 10)
+    """Transformer blocks after every residual block of each level; 0 leaves attention out. The last level's is also
+    the middle's, and not 0."""
+    unet_attention_heads: tuple[int, ...] = (5, 10, 20)
+    """Attention heads of each level; divide its channels."""
+    unet_layers_per_block: int = 2
+    """Residual blocks of each level on the way down; one more on the way up."""
+    time_embed_dim: int = 256
+    """Width of the sinusoids for each of the six micro-conditions."""
+    vae_channels: tuple[int, ...] = (128, 256, 512, 512)
+    """Channels of the VAE's levels, from the finest on; each level but the last halves height and width."""
+    vae_layers_per_block: int = 2
+    """Residual blocks of each of the VAE's levels in its encoder; one more in its decoder."""
+    latent_channels: int = 4
+    """Channels of the latents."""
+    vae_scaling_factor: float = 0.13025
+    """What latents are multiplied by to have about unit variance."""
+    norm_num_groups: int = 32
+    """Groups of every GroupNorm; divide all channels."""
+    condition_drop: float = 0.1
+    """Share of samples that are trained without their embeddings, for classifier-free guidance."""
+    null_condition: str = "image"
+    """What stands for missing embeddings: image (those of a picture whose normalised pixels are all 0, as the released
+    pipeline takes for guidance) or zeros. Not published for training."""
+    noise_offset: float = 0.1
+    """Standard deviation of what is added to the noise of a whole channel, so that brightness is learnt too."""
+    min_picture_size: int = 512
+    """Pictures whose shorter side has fewer pixels are left out."""
+    largest_scale: float = 1.25
+    """A picture is scaled until its shorter side is image_size times a number drawn between 1 and this; then a square
+    is cut out of it. Not published."""
+    encoder: str = ""
+    """Whose embeddings it learns to read: a checkpoint of stage 1, or a released or exported folder. Empty: an encoder
+    with fresh weights, of training.seed."""
+    sdxl: str = ""
+    """Where it begins: a folder of SDXL-base, or of an exported decoder, in diffusers' layout, with `unet` and `vae`.
+    Empty: fresh weights, of training.seed."""
+    ema_decay: float = 0.0
+    """Keep a moving average of the UNet's weights, with this decay a step; 0 keeps none. It is what is painted with
+    and exported."""
+    paint_every: int = 0
+    """Steps between two rows of pictures in TensorBoard: originals, and what is painted of their embeddings; 0 paints
+    at the end of the run only."""
+
+
+@dataclass(frozen=True)
+class VideoDecoderConfig:
+    """The video decoder: Stable Diffusion 2.1's UNet made 3D, conditioned on the visual embeddings of frames. Their
+    width is the encoder's."""
+
+    preset: str = "emu2_video"
+    """emu2_video or emu2_video_tiny."""
+    unet_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    """Channels of the UNet's levels, from the finest on; each level but the last has attention, and halves height and
+    width."""
+    unet_attention_heads: tuple[int, ...] = (5, 10, 20, 20)
+    """Attention heads of each level; divide its channels."""
+    unet_layers_per_block: int = 2
+    """Residual blocks of each level on the way down; one more on the way up."""
+    temporal_kernel_size: int = 3
+    """Frames that a temporal convolution sees; odd."""
+    latent_channels: int = 4
+    """Channels of the latents."""
+    norm_num_groups: int = 32
+    """Groups of every GroupNorm; divide all channels."""
+    prediction_type: str = "v_prediction"
+    """What the UNet predicts: v_prediction, as the checkpoint named Stable Diffusion 2.1 (768 pixels) was trained to,
+    or epsilon (the noise), as its base version (512 pixels) was. The paper does not say which it began from. Weights of
+    both have the same names and shapes: with the wrong one a checkpoint loads, and has to learn anew."""
+    condition_drop: float = 0.1
+    """Share of clips that are trained without their embeddings, for classifier-free guidance. Of the video decoder's
+    training nothing is published; this and noise_offset are the visual decoder's."""
+    noise_offset: float = 0.1
+    """Standard deviation of what is added to the noise of a whole channel in all frames of a clip."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +229,8 @@ class OptimizerConfig:
     """Peak learning rate of project_up and project_down."""
     encoder_lr: float = 1e-5
     """Peak learning rate of the visual encoder, when it is trained."""
+    visual_decoder_lr: float = 1e-4
+    """Peak learning rate of the visual decoder."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.95
@@ -179,6 +245,8 @@ class OptimizerConfig:
     """cosine or linear, from the peak after warm-up to min_lr_ratio of it at the end of the run; or constant."""
     min_lr_ratio: float = 0.0
     """Where the schedule ends, as a share of the peak."""
+    warmup_shape: str = "linear"
+    """linear, or log: fast at first (the paper calls the visual decoder's so, and gives no formula)."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; give this or warmup_ratio."""
     warmup_ratio: float | None = None
@@ -189,6 +257,9 @@ class OptimizerConfig:
 class TrainingConfig:
     """The batch, the objective and the length of the run."""
 
+    objective: str = "language"
+    """What is trained: language (Emu2 itself: the next token or visual embedding) or visual_decoder (from a picture's
+    embeddings back to the picture)."""
     steps: int = 20350
     """Optimizer steps."""
     global_batch_size: int = 2048
@@ -324,6 +395,8 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model."""
+    visual_decoder: VisualDecoderConfig = field(default_factory=VisualDecoderConfig)
+    """The visual decoder."""
     data: DataConfig = field(default_factory=DataConfig)
     """The data."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -15,7 +15,7 @@ from emu2_megatron.convert.places import Scratch
 from emu2_megatron.convert.shards import Check, Output, Shard, Unit, group, identity, open_folder, write_shards
 from emu2_megatron.convert.sources import Released, open_source
 from emu2_megatron.convert.stored import FORMAT, finish_checkpoint
-from emu2_megatron.convert.to_hf import SHARD_SIZE, cast
+from emu2_megatron.convert.to_hf import SHARD_SIZE
 from emu2_megatron.errors import ConversionError
 from emu2_megatron.model.parameters import Rule, fresh, stored_parameters, stored_shapes, unpadded
 
@@ -114,9 +114,11 @@ def import_units(released: Released, dtype: torch.dtype | None) -> list[Unit]:
     """Every tensor of a checkpoint."""
     model = unpadded(released.model)
 
-    def make(rule: Rule, natives: Sequence[str], wanted: torch.dtype, scratch: Scratch) -> list[Tensor]:
-        whole = [released.read(native, scratch) for native in natives]
-        return [cast(rule.cut(model, whole, 1)[0], wanted, scratch)]
+    def make(rule: Rule, natives: Sequence[str], output: Output, scratch: Scratch) -> list[Tensor]:
+        fused = scratch.empty(output.shape, output.dtype)
+        for native, part in zip(natives, rule.parts(model, fused), strict=True):
+            released.fill(native, part, scratch)
+        return [fused]
 
     units = []
     shapes = stored_shapes(model)
@@ -124,6 +126,6 @@ def import_units(released: Released, dtype: torch.dtype | None) -> list[Unit]:
         found = {released.dtype(native) for native in natives}
         if dtype is None and len(found) > 1:
             raise ConversionError(f"{', '.join(natives)} are of several dtypes and become one tensor: give --dtype")
-        wanted = dtype or found.pop()
-        units.append(Unit((Output(name, shapes[name], wanted),), partial(make, rule, natives, wanted)))
+        output = Output(name, shapes[name], dtype or found.pop())
+        units.append(Unit((output,), partial(make, rule, natives, output)))
     return units

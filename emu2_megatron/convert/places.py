@@ -68,21 +68,21 @@ class Scratch:
 
 
 def read(place: Place, into: Tensor) -> Tensor:
-    """Fill a contiguous tensor of the place's dtype and shape.
+    """Fill a tensor of the place's dtype and as many elements: a contiguous one, or one whose rows are.
 
     Raises:
         ConversionError: the file is shorter than its table of contents says, or cannot be read.
     """
-    buffer = as_bytes(into)
     try:
         with place.path.open("rb", buffering=0) as file:
             file.seek(place.offset)
-            done = 0
-            while done < len(buffer):  # one call reads 2 GiB at most
-                count = file.readinto(buffer[done:])
-                if not count:
-                    raise ConversionError(f"{place.path} is cut short: copy it again")
-                done += count
+            for part in [into] if into.is_contiguous() else into:
+                buffer = as_bytes(part)
+                while buffer:  # one call reads 2 GiB at most
+                    count = file.readinto(buffer)
+                    if not count:
+                        raise ConversionError(f"{place.path} is cut short: copy it again")
+                    buffer = buffer[count:]
     except OSError as error:
         raise ConversionError(f"{place.path} cannot be read: {error.strerror}") from error
     return into

@@ -4,7 +4,8 @@ Everything goes into `<output>.unfinished`, a shard under its own name only when
 SHA-256 in `conversion.json`. The folder gets its name last. So what a crash leaves behind is either a finished shard or
 is written again.
 
-Units of work are made in the calling thread while a second one writes the unit before and a third one hashes it.
+Units of work are made in the calling thread while a second one writes the unit before, a third one hashes it, and a
+fourth one waits until the shard before is on the disk.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emu2_megatron.checkpoint.files import sync
+from emu2_megatron.checkpoint.files import append, sync
 from emu2_megatron.convert.places import Scratch
 from emu2_megatron.errors import ConversionError
 
 MANIFEST = "conversion.json"
-"""What was converted, and bytes and SHA-256 of every file."""
+"""What was converted, and bytes, CRC-32 and SHA-256 of every file."""
 
 _BLOCK = 1 << 24
 """Bytes of a file read at a time."""
@@ -75,14 +77,14 @@ class Shard:
 
 
 class HashingFile:
-    """A file being written that knows its SHA-256. Large pieces are hashed by a thread of its own while they are
-    written."""
+    """A file being written that knows its SHA-256 and CRC-32. Large pieces are hashed by a thread of its own while they
+    are written."""
 
     def __init__(self, path: Path, hasher: ThreadPoolExecutor) -> None:
         self._file = path.open("wb", buffering=0)
         self._digest = hashlib.sha256()
         self._hasher = hasher
-        self._at = 0
+        self._at = self._crc32 = 0
 
     def write(self, data: bytes | memoryview) -> int:
         """Append all of it."""
@@ -92,9 +94,7 @@ class HashingFile:
             hashed: Future[None] | None = None
         else:
             hashed = self._hasher.submit(self._digest.update, view)
-        done = 0
-        while done < len(view):  # one call writes 2 GiB at most
-            done += self._file.write(view[done:])
+        self._crc32 = append(self._file, view, self._crc32)
         if hashed is not None:
             hashed.result()
         self._at += len(view)
@@ -107,12 +107,15 @@ class HashingFile:
     def flush(self) -> None:
         """Nothing is buffered."""
 
-    def close(self, keep: bool) -> dict[str, Any]:
-        """Close the file, after making sure that it is on the disk if it is to be kept; returns bytes and SHA-256."""
-        if keep:
-            os.fsync(self._file.fileno())
+    def close(self) -> None:
+        """Give it up."""
         self._file.close()
-        return {"bytes": self._at, "sha256": self._digest.hexdigest()}
+
+    def finish(self) -> dict[str, Any]:
+        """Close the file once it is on the disk; returns what the manifest says of it."""
+        with self._file as file:
+            os.fsync(file.fileno())
+        return {"bytes": self._at, "crc32": self._crc32, "sha256": self._digest.hexdigest()}
 
 
 @dataclass(frozen=True)
@@ -149,19 +152,31 @@ class Folder:
     """One for the unit being made, one for the unit being written."""
 
     def add(self, name: str, content: bytes) -> None:
-        """Write a small file."""
-        with ThreadPoolExecutor(1) as hasher:
-            self._finish(name, HashingFile(self.path / f"{name}.part", hasher), lambda file: file.write(content))
+        """Write a small file.
 
-    def add_shard(self, shard: Shard, format: Format, after_unit: Callable[[Unit], None]) -> None:
-        """Write a shard, unless that was done before; `after_unit` is called after each unit either way."""
+        Raises:
+            ConversionError: the disk is full.
+        """
+        with self._filling(name) as file:
+            file.write(content)
+        self._finish(name, file, {})
+
+    def fill_shard(self, shard: Shard, format: Format, after_unit: Callable[[Unit], None]) -> Callable[[], None] | None:
+        """Write the content of a shard, unless that was done before; `after_unit` is called after each unit either way.
+
+        Returns:
+            What is left to do: it waits for the disk, and names the file.
+
+        Raises:
+            ConversionError: a unit is not what it should be, or the disk is full.
+        """
         if self._is_done(shard.name):
             for unit in shard.units:
                 after_unit(unit)
-            return
+            return None
         remembered: dict[str, Any] = {}
-
-        def write(file: HashingFile) -> None:
+        with self._filling(shard.name) as file, ThreadPoolExecutor(1) as writer:
+            format.begin(file, shard)
             writing: Future[dict[str, Any]] | None = None
             for number, unit in enumerate(shard.units):
                 scratch = self.scratches[number % 2]
@@ -176,13 +191,7 @@ class Folder:
                 after_unit(unit)
             if writing is not None:
                 remembered.update(writing.result())
-
-        def whole(file: HashingFile) -> None:
-            format.begin(file, shard)
-            write(file)
-
-        with ThreadPoolExecutor(1) as hasher, ThreadPoolExecutor(1) as writer:
-            self._finish(shard.name, HashingFile(self.path / f"{shard.name}.part", hasher), whole, remembered)
+        return partial(self._finish, shard.name, file, {"holds": remembered} if remembered else {})
 
     def remembered(self) -> dict[str, dict[str, Any]]:
         """File to what its format wanted remembered."""
@@ -213,21 +222,28 @@ class Folder:
             return False
         return sha256(self.path / name) == str(entry["sha256"])
 
-    def _finish(
-        self, name: str, file: HashingFile, write: Callable[[HashingFile], Any], holds: dict[str, Any] | None = None
-    ) -> None:
-        done = False
+    @contextmanager
+    def _filling(self, name: str) -> Iterator[HashingFile]:
         try:
-            write(file)
-            done = True
+            with ThreadPoolExecutor(1) as hasher:
+                file = HashingFile(self.path / f"{name}.part", hasher)
+                try:
+                    yield file
+                except BaseException:
+                    file.close()
+                    raise
         except OSError as error:
             raise ConversionError(f"{self.path / name} cannot be written: {error.strerror}") from error
-        finally:
-            entry = file.close(keep=done)
-        (self.path / f"{name}.part").rename(self.path / name)
-        sync(self.path)
-        self.manifest["files"][name] = entry | ({"holds": dict(holds)} if holds else {})
-        self.save_manifest()
+
+    def _finish(self, name: str, file: HashingFile, also: dict[str, Any]) -> None:
+        try:
+            entry = file.finish()
+            (self.path / f"{name}.part").rename(self.path / name)
+            sync(self.path)
+            self.manifest["files"][name] = entry | also
+            self.save_manifest()
+        except OSError as error:
+            raise ConversionError(f"{self.path / name} cannot be written: {error.strerror}") from error
 
 
 def identity(kind: str, sources: Sequence[Path], shards: Sequence[Shard]) -> dict[str, Any]:
@@ -291,8 +307,15 @@ def write_shards(folder: Folder, shards: Sequence[Shard], format: Format, label:
             advance(unit.nbytes)
             check.poll()
 
-        for shard in shards:
-            folder.add_shard(shard, format, after_unit)
+        with ThreadPoolExecutor(1) as disk:
+            finishing: Future[None] | None = None
+            for shard in shards:
+                finish = folder.fill_shard(shard, format, after_unit)
+                if finishing is not None:
+                    finishing.result()
+                finishing = disk.submit(finish) if finish is not None else None
+            if finishing is not None:
+                finishing.result()
 
 
 class Check:

@@ -186,6 +186,16 @@ class Released:
             tensor = resize_positions(tensor, self.shapes[native][1] - 1)
         return tensor
 
+    def fill(self, native: str, into: Tensor, scratch: Scratch) -> None:
+        """Fill a tensor (`places.read` says which) with a released tensor, in order, in whatever dtype it has; from the
+        file without a copy, where it is there as it is."""
+        source, name = self._where.get(native, (None, ""))
+        place = source.places[name] if source is not None else None
+        if place is not None and name == native and (place.shape, place.dtype) == (self.shapes[native], into.dtype):
+            read(place, into)
+        else:
+            into.copy_(self.read(native, scratch).view(into.shape))
+
     def _check_shape(self, native: str) -> None:
         if native in self._made:
             return

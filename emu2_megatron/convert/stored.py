@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from emu2_megatron.checkpoint import files, metadata
-from emu2_megatron.checkpoint.writer import Writer
+from emu2_megatron.checkpoint.writer import Writer, without_crc32
 from emu2_megatron.config.schema import ModelConfig
 from emu2_megatron.convert.places import Scratch, read, torch_places
 from emu2_megatron.convert.shards import Folder, Format, HashingFile, Shard, Unit
@@ -166,12 +166,13 @@ def _begin(_file: HashingFile, _shard: Shard) -> None:
 
 def _write(file: HashingFile, unit: Unit, tensors: list[Tensor]) -> dict[str, Any]:
     places = {}
-    for output, tensor in zip(unit.outputs, tensors, strict=True):
-        start = file.tell()
-        # torch.save writes all of a tensor's storage, which may be the scratch memory: give it one of its own.
-        own = torch.from_numpy(tensor.reshape(-1).view(torch.uint8).numpy()).view(tensor.dtype).view(tensor.shape)
-        torch.save(own, file)  # type: ignore[arg-type]  # it only writes
-        places[output.name] = [start, file.tell() - start]
+    with without_crc32():
+        for output, tensor in zip(unit.outputs, tensors, strict=True):
+            start = file.tell()
+            # torch.save writes all of a tensor's storage, which may be the scratch memory: give it one of its own.
+            own = torch.from_numpy(tensor.reshape(-1).view(torch.uint8).numpy()).view(tensor.dtype).view(tensor.shape)
+            torch.save(own, file)  # type: ignore[arg-type]  # it only writes
+            places[output.name] = [start, file.tell() - start]
     return places
 
 
@@ -194,9 +195,10 @@ def finish_checkpoint(folder: Folder, shards: Sequence[Shard], model: ModelConfi
             index = MetadataIndex(output.name, origin)
             results.append(WriteResult(index, length, _StorageInfo(shard.name, start, length)))
     Writer(folder.path, 0).finish(Metadata(contents), [results])
-    names = [".metadata", *(shard.name for shard in shards)]
+    written = {name: folder.manifest["files"][name] for name in (shard.name for shard in shards)}
     trainer = {
         "format": files.FORMAT, "step": 0, "finite": True, "optimizer": {"updates": 0, "loss_scale": None}, "data": {},
-        "files": {name: files.checksum(folder.path / name) for name in names},
+        "files": {".metadata": files.checksum(folder.path / ".metadata")}
+        | {name: {key: entry[key] for key in ("bytes", "crc32")} for name, entry in written.items()},
     }  # fmt: skip
     folder.add(files.TRAINER, files.trainer_text(trainer).encode())

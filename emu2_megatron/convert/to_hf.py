@@ -68,7 +68,7 @@ def to_hf(
         "config.json": huggingface.to_text(huggingface.config_json(model, main, chat, pad_token)),
         "generation_config.json": huggingface.to_text(huggingface.generation_config(pad_token)),
         "README.md": huggingface.model_card(model, parameters, main, chat, checkpoint.name),
-        INDEX: _index(shards, total),
+        INDEX: index(shards, total),
     }
     folder = open_folder(output, identity("to-hf", stored.files(), shards), total)
     with Check(stored.files()) as check:
@@ -97,8 +97,8 @@ def export_units(stored: Checkpoint, model: ModelConfig, dtype: torch.dtype | No
         native: dict[str, Tensor] = {}
         for part in parts:
             rule, natives = table[part]
-            native |= zip(natives, rule.join(model, [stored.read(part, scratch)]), strict=True)
-        return [cast(hf[o.name][0].merge(model, [native[n] for n in hf[o.name][2]]), o.dtype, scratch) for o in outputs]
+            native |= zip(natives, rule.parts(model, stored.read(part, scratch)), strict=True)
+        return [_as(o, hf[o.name][0].merge(model, [native[n] for n in hf[o.name][2]]), scratch) for o in outputs]
 
     units = []
     for parts, group_of_names in groupby(hf, made_of):
@@ -107,11 +107,11 @@ def export_units(stored: Checkpoint, model: ModelConfig, dtype: torch.dtype | No
     return units
 
 
-def cast(tensor: Tensor, dtype: torch.dtype, scratch: Scratch) -> Tensor:
-    """In another dtype, contiguous."""
-    if tensor.dtype is dtype and tensor.is_contiguous():
-        return tensor
-    return scratch.empty(tensor.shape, dtype).copy_(tensor)
+def _as(output: Output, tensor: Tensor, scratch: Scratch) -> Tensor:
+    """Contiguous, in the dtype and shape of an output."""
+    if tensor.dtype is not output.dtype or not tensor.is_contiguous():
+        tensor = scratch.empty(tensor.shape, output.dtype).copy_(tensor)
+    return tensor.view(output.shape)
 
 
 def main_dtype(units: Sequence[Unit]) -> torch.dtype:
@@ -123,7 +123,8 @@ def main_dtype(units: Sequence[Unit]) -> torch.dtype:
     return sizes.most_common(1)[0][0]
 
 
-def _index(shards: Sequence[Shard], total: int) -> bytes:
+def index(shards: Sequence[Shard], total: int) -> bytes:
+    """The index of a folder of shards: which file has which tensor, and the bytes of all of them."""
     where = {output.name: shard.name for shard in shards for unit in shard.units for output in unit.outputs}
     content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     return (json.dumps(content, indent=2) + "\n").encode()

@@ -8,7 +8,8 @@ in its own way, are 40 dB away.
 
 import io
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import TypeAlias
 
@@ -80,12 +81,23 @@ def _decode(visual: Encoded, size: int, resize: _Resize) -> torch.Tensor | DataE
 
 
 def _picture(data: bytes, size: int) -> torch.Tensor:
+    with opened(data) as picture:
+        return _square(picture, size)
+
+
+@contextmanager
+def opened(data: bytes) -> Iterator[Image.Image]:
+    """A picture file as RGB, by Pillow.
+
+    Raises:
+        DataError: it is no picture, damaged, cut off, or larger than `probe.MAX_PIXELS`.
+    """
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "GIF")) as picture:
             width, height = picture.size
             if width * height > probe.MAX_PIXELS:
                 raise probe.too_large(width, height)
-            return prepare(picture, size)
+            yield _rgb(picture)
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError as error:  # whose message is an address in memory

@@ -10,7 +10,7 @@ wait for a row. Nothing else is needed to go on exactly, on any number of ranks.
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
@@ -22,13 +22,14 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from emu2_megatron.config.schema import Config
+from emu2_megatron.data.crops import decode_crops, picture_sample
 from emu2_megatron.data.decode import decode
 from emu2_megatron.data.order import sample_at, shares, source_at, sources_of_step
 from emu2_megatron.data.packing import Cost, assemble, choose, cost, total
 from emu2_megatron.data.quarantine import Quarantine
 from emu2_megatron.data.samples import Sample, build_sample, reason_of
-from emu2_megatron.data.sequence import Features, PackedSequence, Picture
-from emu2_megatron.data.shards import ShardIndex
+from emu2_megatron.data.sequence import Crop, Features, PackedSequence, Picture
+from emu2_megatron.data.shards import RawSample, ShardIndex
 from emu2_megatron.data.tokenizer import Tokenizer
 from emu2_megatron.errors import CheckpointError, ConfigError, DataError
 
@@ -59,13 +60,14 @@ class Loader:
     def __init__(
         self,
         config: Config,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         slots: Sequence[int],
         sources: Sequence[ShardIndex] | None = None,
         quarantine: Path | None = None,
     ) -> None:
-        """`sources` saves opening config.data.shards again; `quarantine` is a file that bad samples are listed in."""
-        if tokenizer.vocab_size != config.model.decoder.vocab_size:
+        """`tokenizer` is None for the visual decoder, which reads no text; `sources` saves opening config.data.shards
+        again; `quarantine` is a file that bad samples are listed in."""
+        if tokenizer is not None and tokenizer.vocab_size != config.model.decoder.vocab_size:
             raise ConfigError(
                 f"data.tokenizer has {tokenizer.vocab_size} tokens, added ones included, "
                 f"but model.decoder.vocab_size is {config.model.decoder.vocab_size}"
@@ -77,7 +79,15 @@ class Loader:
         self.sources = list(sources) if sources is not None else open_sources(config)
         self.skipped: Counter[str] = Counter()
         self._config = config
-        self._tokenizer = tokenizer
+        self._pad = tokenizer.pad if tokenizer is not None else 0
+        self._build: Callable[[RawSample, int, int], Sample]
+        self._decode: Callable[[list[Any]], Sequence[Sequence[Crop] | Tensor | DataError]]
+        if tokenizer is not None:
+            self._build = lambda raw, epoch, index: build_sample(raw, tokenizer, config, epoch, index)
+            self._decode = lambda visuals: decode(visuals, config.model.encoder.image_size)
+        else:
+            self._build = lambda raw, epoch, index: picture_sample(raw, config, epoch, index)
+            self._decode = lambda visuals: decode_crops(visuals, config)
         self._shares = shares(config.data)
         # Numbers go on from source to source: samples of different sources must not draw alike.
         self._firsts = [0, *accumulate(map(len, self.sources))]
@@ -266,7 +276,7 @@ class Loader:
         try:
             raw = index.read(number)
             key = raw.key
-            sample = build_sample(raw, self._tokenizer, self._config, epoch, self._firsts[drawn.source] + number)
+            sample = self._build(raw, epoch, self._firsts[drawn.source] + number)
         except DataError as error:
             skipped[reason_of(error)] += 1
             self._quarantine.add(shard, offset, key, error)
@@ -283,22 +293,22 @@ class Loader:
         """Rows with their pictures; samples that cannot be decoded are left out."""
         shown = [visual for row in rows for drawn in row for visual in drawn.content.visuals]
         encoded = [visual for visual in shown if not isinstance(visual, Features)]
-        decoded = iter(decode(encoded, self._config.model.encoder.image_size))
+        decoded = iter(self._decode(encoded))
         sequences = []
         for row in rows:
             whole = [(drawn, self._with_pictures(drawn, decoded, skipped)) for drawn in row]
             kept = [(drawn.place[0], sample) for drawn, sample in whole if sample is not None]
-            length, pad = self._config.data.sequence_length, self._tokenizer.pad
-            sequences.append(assemble([sample for _, sample in kept], length, pad))
+            samples = [sample for _, sample in kept]
+            sequences.append(assemble(samples, self._config.data.sequence_length, self._pad))
             sequences[-1].shards = [shard for shard, _ in kept]
         return sequences
 
     def _with_pictures(
-        self, drawn: "_Drawn", decoded: Iterator[Tensor | DataError], skipped: Counter[str]
-    ) -> tuple[Sample, list[Picture]] | None:
+        self, drawn: "_Drawn", decoded: Iterator[Sequence[Crop] | Tensor | DataError], skipped: Counter[str]
+    ) -> tuple[Sample, list[Picture | Crop]] | None:
         """A sample and all it shows; None if something in it could not be decoded. Takes its share of `decoded`."""
         sample = drawn.content
-        pictures: list[Picture] = []
+        pictures: list[Picture | Crop] = []
         errors: list[DataError] = []
         for visual in sample.visuals:
             result = visual if isinstance(visual, Features) else next(decoded)

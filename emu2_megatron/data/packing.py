@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from emu2_megatron.data.samples import Sample
-from emu2_megatron.data.sequence import PADDING, START, PackedSequence, Picture
+from emu2_megatron.data.sequence import PADDING, START, Crop, PackedSequence, Picture
 
 
 class Cost(NamedTuple):
@@ -60,7 +60,9 @@ def choose(pool: Sequence[Cost], row: Cost, length: int, pictures_per_token: flo
     return min(fitting, key=badness, default=None)
 
 
-def assemble(samples: Sequence[tuple[Sample, list[Picture]]], sequence_length: int, pad: int) -> PackedSequence:
+def assemble(
+    samples: Sequence[tuple[Sample, Sequence[Picture | Crop]]], sequence_length: int, pad: int
+) -> PackedSequence:
     """A row of exactly S = sequence_length tokens: samples with their decoded pictures, then padding.
 
     Raises ValueError if the samples are longer than the row.
@@ -73,10 +75,12 @@ def assemble(samples: Sequence[tuple[Sample, list[Picture]]], sequence_length: i
     tokens_S[:length] = np.concatenate([tokens_S[:0], *(sample.tokens_S for sample, _ in samples)])
     roles_S[:length] = np.concatenate([roles_S[:0], *(sample.roles_S for sample, _ in samples)])
     roles_S[length : length + 1] |= START
+    shown = [picture for _, pictures in samples for picture in pictures]
     return PackedSequence(
         tokens_S=tokens_S,
         roles_S=roles_S,
-        pictures=[picture for _, pictures in samples for picture in pictures],
+        pictures=[picture for picture in shown if not isinstance(picture, Crop)],
+        crops=[picture for picture in shown if isinstance(picture, Crop)],
         queries=[queries for sample, _ in samples for queries in sample.queries],
         keys=[sample.key for sample, _ in samples],
     )

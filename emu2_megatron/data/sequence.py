@@ -30,6 +30,22 @@ class Features:
     """Fingerprint of the encoder they are from (`model/parameters.fingerprint`)."""
 
 
+@dataclass(frozen=True)
+class Crop:
+    """A square of a picture, for the visual decoder."""
+
+    seen_3HW: torch.Tensor
+    """uint8, at the encoder's image size."""
+    painted_3HW: torch.Tensor
+    """uint8, at visual_decoder.image_size."""
+    original: tuple[int, int]
+    """Height and width of the picture it is from, pixels."""
+    corner: tuple[int, int]
+    """Top and left of the square in the scaled picture, pixels."""
+    seed: int
+    """32 bits; of all that training draws for it."""
+
+
 Picture: TypeAlias = torch.Tensor | Features
 """A uint8 tensor [3, H, W], RGB, already resized to the encoder's image size, not normalised; or what the encoder
 makes of it."""
@@ -56,3 +72,5 @@ class PackedSequence:
     """Keys of the samples in this row, for logs and diagnosis."""
     shards: list[str] = field(default_factory=list)
     """The shard that each of these samples is from."""
+    crops: list[Crop] = field(default_factory=list)
+    """For the visual decoder, instead of `pictures`."""

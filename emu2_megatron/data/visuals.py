@@ -30,8 +30,23 @@ class BoxPicture:
     """Left, top, right, bottom as shares of the picture's width and height, 0 to 1."""
 
 
+@dataclass(frozen=True)
+class EncodedCrop:
+    """A picture file, and which square of it is wanted."""
+
+    data: bytes
+    original: tuple[int, int]
+    """Height and width of the picture, pixels."""
+    scaled: tuple[int, int]
+    """Height and width of the picture when it is cut."""
+    corner: tuple[int, int]
+    """Top and left of the square in the scaled picture."""
+    seed: int
+    """32 bits; of all that training draws for it."""
+
+
 Encoded: TypeAlias = EncodedPicture | EncodedVideo | BoxPicture
 """What decoding makes pictures of: one, or as many as the frames of a video."""
 
-Visual: TypeAlias = Encoded | Features
-"""All that can stand in a sample; features are one picture each, and stay as they are."""
+Visual: TypeAlias = Encoded | Features | EncodedCrop
+"""All that can stand in a sample; features are one picture each, and stay as they are. A crop stands alone."""

@@ -2,32 +2,19 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from emu2_megatron.config.validate import PRECISIONS
 from emu2_megatron.data.filetypes import PICTURE_FORMATS, VIDEO_FORMATS
 from emu2_megatron.errors import ConfigError, DataError
+from emu2_megatron.inference import model_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `emu2 generate`."""
-    model = parser.add_argument_group("the model")
-    model.add_argument("--checkpoint", type=Path, metavar="DIR", help="a checkpoint of any layout, as step_00000400")
-    model.add_argument("--model", type=Path, metavar="DIR", help="or an exported or released Hugging Face folder")
-    model.add_argument(
-        "--config", metavar="NAME_OR_FILE", help="the checkpoint's run's configuration; default: its config.yaml"
-    )
-    model.add_argument("--tokenizer", type=Path, metavar="FILE", help="SentencePiece file; default: the model's")
-    model.add_argument("--precision", choices=PRECISIONS, help="default: the run's, or the folder's")
-    for name in ("tensor", "pipeline"):
-        model.add_argument(
-            f"--{name}-parallel-size", type=int, default=1, metavar="N", help="default %(default)s; starts the ranks"
-        )
-
+    model_options.add_arguments(parser)
     prompt = parser.add_argument_group("the prompt")
     prompt.add_argument(
         "prompt",
@@ -84,13 +71,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         options: parsed.
         arguments: as they were given, for ranks that are to be started.
     """
-    processes = options.tensor_parallel_size * options.pipeline_parallel_size
-    started = os.environ.get("WORLD_SIZE")
-    if started is not None and int(started) != processes:
-        raise ConfigError(
-            f"{started} processes, but tensor_parallel_size {options.tensor_parallel_size} x pipeline_parallel_size "
-            f"{options.pipeline_parallel_size}: legal is their product"
-        )
+    processes = model_options.ranks_to_start(options)
     if options.batch_size < 1 or options.frames < 1:
         raise ConfigError("--batch-size and --frames: legal are numbers from 1")
     if bool(options.prompt) == bool(options.prompts):
@@ -101,8 +82,6 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         raise ConfigError("--draw-boxes: the prompt has no picture to draw on")
     options.grounding = options.grounding or options.draw_boxes is not None
 
-    from emu2_megatron.data.tokenizer import tokenizer_for
-    from emu2_megatron.inference import load
     from emu2_megatron.inference.prompt import encode
     from emu2_megatron.inference.search import Options
 
@@ -112,16 +91,10 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         beams=default_beams if options.beams is None else options.beams, length_penalty=options.length_penalty,
         temperature=options.temperature, top_p=options.top_p, top_k=options.top_k, seed=options.seed,
     )  # fmt: skip
-    found = load.find(
-        options.checkpoint, options.model, options.config, options.tokenizer, options.precision,
-        options.tensor_parallel_size, options.pipeline_parallel_size,
-    )  # fmt: skip
-    if not found.config.data.tokenizer:
-        raise ConfigError("--tokenizer: the model comes without one; give the SentencePiece file it was trained with")
-    tokenizer = tokenizer_for(found.config)
+    found, tokenizer = model_options.find(options)
     asked = _prompts(options, is_chat="[USER]" in tokenizer.ids)
     prompts = [encode(parts, tokenizer, found.config.model, options.frames) for parts in asked]
-    if processes > 1 and started is None:
+    if processes:
         from emu2_megatron.training.launch import start_ranks
 
         start_ranks(arguments, processes)
@@ -194,36 +167,26 @@ def _draw(said: list[Any], options: argparse.Namespace) -> None:
 
 def _prompts(options: argparse.Namespace, is_chat: bool) -> Iterator[list[Any]]:
     """The parts of each prompt."""
-    from emu2_megatron.inference import prompt
-
-    def conversation(turns: Sequence[prompt.Turn], system: str | None) -> list[prompt.Part]:
-        if not is_chat:
-            raise ConfigError("--chat, or `turns`: the model has no [USER] and [ASSISTANT], it is no chat model")
-        default = prompt.CONCISE if options.grounding else prompt.COMPREHENSIVE
-        return prompt.chat(turns, default if system is None else system, options.grounding)
+    from emu2_megatron.inference import records
 
     if options.prompt:
-        parts: list[prompt.Part] = [Path(part) if _kind(part) else part for part in options.prompt]
+        parts: list[Any] = [Path(part) if _kind(part) else part for part in options.prompt]
         if options.chat:
-            yield conversation([(parts, None)], options.system)
+            yield records.conversation([(parts, None)], is_chat, options.system, options.grounding)
         else:
             yield [*parts, "<grounding>"] if options.grounding else parts
         return
     folder = Path() if options.prompts == "-" else Path(options.prompts).parent
+
+    def show(kind: str, name: str) -> Path:
+        if _kind(name) != kind:
+            raise DataError(f"{where}: {name} has no extension of {kind} files")
+        return folder / name
+
     for where, record in _records(options.prompts):
-        content = record.get("content")
-        turns = [{"user": content}] if options.chat and content is not None else record.get("turns")
-        if turns is None:
-            parts = _parts(content, folder, where)
-            yield [*parts, "<grounding>"] if options.grounding else parts
-            continue
-        if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-            raise DataError(f'{where}: `turns` is a list of {{"user": ..., "assistant": ...}}, the last without answer')
-        said: list[prompt.Turn] = [(_parts(turn.get("user"), folder, where), turn.get("assistant")) for turn in turns]
-        answers = [answer for _, answer in said]
-        if answers[-1] is not None or not all(isinstance(answer, str) for answer in answers[:-1]):
-            raise DataError(f"{where}: every turn but the last has an `assistant`, and only those")
-        yield conversation(said, record.get("system", options.system))
+        if options.chat and record.get("content") is not None:
+            record["turns"] = [{"user": record["content"]}]
+        yield records.parts(record, where, show, is_chat, options.system, options.grounding)
 
 
 def _records(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -240,25 +203,6 @@ def _records(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
             if not isinstance(record, dict):
                 raise DataError(f"{file}, line {number}: an object with `content` or `turns` is wanted")
             yield f"{file}, line {number}", record
-
-
-def _parts(content: Any, folder: Path, where: str) -> list[Any]:
-    """Parts of a JSON prompt: a text, or a list of texts, pictures and videos."""
-    if isinstance(content, str):
-        return [content]
-    parts: list[Any] = []
-    items: list[Any] = content if isinstance(content, list) else [{}]
-    for item in items:
-        kinds = [kind for kind in ("text", "image", "video") if isinstance(item, dict) and kind in item]
-        if len(kinds) != 1 or not isinstance(item[kinds[0]], str):
-            raise DataError(
-                f'{where}: wanted is text, or a list of {{"text": ...}}, {{"image": file}} and {{"video": file}}'
-            )
-        value = item[kinds[0]]
-        if kinds[0] != "text" and _kind(value) != kinds[0]:
-            raise DataError(f"{where}: {value} has no extension of {kinds[0]} files")
-        parts.append(value if kinds[0] == "text" else folder / value)
-    return parts
 
 
 def _kind(part: str) -> str:

@@ -1,7 +1,8 @@
 """Films from visual embeddings of their frames: sampling, writing, and how steady the result is.
 
-Guidance and step count are Emu2-Gen's for pictures; for films nothing is published. Shapes: B clips, T frames, C latent
-channels, H, W; Q embeddings of a frame, E their width.
+Guidance and step count are Emu2-Gen's for pictures (`inference/paint`); for films nothing is published.
+
+Shapes: B clips, T frames, C latent channels, H, W; Q embeddings of a frame, E their width.
 """
 
 from collections.abc import Sequence
@@ -18,15 +19,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from emu2_megatron.model.video_decoder import VideoDecoder
+from emu2_megatron.model.visual_decoder import decode_latents
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DDPMScheduler
 
 
-@torch.inference_mode()
-def sample_latents(
+@torch.no_grad()
+def render(
     decoder: VideoDecoder,
-    schedule: "DDPMScheduler",
+    vae: "AutoencoderKL",
+    scheduler: "DDPMScheduler",
     embeddings_BTQE: Tensor,
     null_QE: Tensor,
     seeds: Sequence[int],
@@ -34,53 +37,73 @@ def sample_latents(
     steps: int = 50,
     guidance: float = 3.0,
 ) -> Tensor:
-    """Clean latents of clips, fp32 [B, T, C, H, W] on the embeddings' device, by Euler steps (arXiv 2206.00364).
+    """Films of visual embeddings, uint8 [B, T, H, W, 3], RGB, on the device.
 
     Args:
-        decoder: on the same device.
-        schedule: the one the decoder was trained with (`model/video_loss.noise_schedule`).
-        embeddings_BTQE: of the frames wanted.
-        null_QE: the embeddings that stood for none in training.
-        seeds: of each clip's noise, drawn on the CPU: a clip is the same in any batch.
-        size: height and width of the latents.
-        steps: calls of the decoder; each computes every clip twice, unless guidance is 1.
-        guidance: how far to go from the prediction without embeddings to the one with them; 1 stops there.
+        decoder: on the device to be used; it computes in its own dtype, the latents are fp32.
+        vae: on the same device; it decodes one frame at a time, to save memory.
+        scheduler: the one the decoder was trained with (`video_loss.training_scheduler`).
+        embeddings_BTQE: of the frames, from the encoder or regressed by the language model.
+        null_QE: what guidance leads away from: what stood for dropped embeddings in training.
+        seeds: one for each film; its noise is drawn from it on the CPU, and does not depend on the others.
+        size: height and width wanted, pixels.
+        steps: of the sampler, each a pass of the decoder over B clips, with guidance over 2 B.
+        guidance: how far to lead; up to 1 there is none, and null_QE is not looked at.
+
+    Raises:
+        ValueError: not a seed for each film, or a size that does not fit the networks.
+    """
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    whole = scale * 2 ** (len(decoder.unet.config.block_out_channels) - 1)
+    if size[0] % whole or size[1] % whole:
+        raise ValueError(f"size {size[0]} x {size[1]}: both must be multiples of {whole}")
+    latent_size = size[0] // scale, size[1] // scale
+    latents_BTCHW = denoise(decoder, scheduler, embeddings_BTQE, null_QE, seeds, latent_size, steps, guidance)
+    frames = [decode_latents(vae, latent_1CHW) for latent_1CHW in latents_BTCHW.flatten(0, 1).split(1)]
+    return torch.cat(frames).view(*latents_BTCHW.shape[:2], *size, 3)
+
+
+@torch.no_grad()
+def denoise(
+    decoder: VideoDecoder,
+    scheduler: "DDPMScheduler",
+    embeddings_BTQE: Tensor,
+    null_QE: Tensor,
+    seeds: Sequence[int],
+    latent_size: tuple[int, int],
+    steps: int,
+    guidance: float,
+) -> Tensor:
+    """Latents of clips, fp32 [B, T, C, H, W], by Euler's method (arXiv 2206.00364); arguments as in `render`.
+
+    Raises:
+        ValueError: not a seed for each film.
     """
     from diffusers import EulerDiscreteScheduler
 
-    euler = EulerDiscreteScheduler.from_config(schedule.config, timestep_spacing="leading", steps_offset=1)
-    euler.set_timesteps(steps)
-    device, dtype = embeddings_BTQE.device, next(decoder.parameters()).dtype
     B, T = embeddings_BTQE.shape[:2]
-    shape = (T, decoder.unet.config.in_channels, *size)
+    if len(seeds) != B:
+        raise ValueError(f"{len(seeds)} seeds for {B} films: give one for each")
+    euler = EulerDiscreteScheduler.from_config(scheduler.config, timestep_spacing="leading", steps_offset=1)
+    weights = next(decoder.parameters())
+    euler.set_timesteps(steps, device=weights.device)
+    shape = (T, decoder.unet.config.in_channels, *latent_size)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    latents_BTCHW = torch.stack(noise).to(device) * euler.init_noise_sigma
-    copies = 1 if guidance == 1 else 2
-    given = torch.cat([embeddings_BTQE, null_QE.expand_as(embeddings_BTQE)])[: copies * B].to(dtype)
-    for timestep in euler.timesteps:
-        noisy = euler.scale_model_input(latents_BTCHW, timestep).to(dtype).repeat(copies, 1, 1, 1, 1)
-        predicted = decoder(noisy, timestep.to(device).expand(copies * B), given).float()
-        conditional, unconditional = predicted[:B], predicted[-B:]
-        guided = unconditional + guidance * (conditional - unconditional) if copies == 2 else conditional
-        latents_BTCHW = euler.step(guided, timestep, latents_BTCHW).prev_sample
-    clean_BTCHW: Tensor = latents_BTCHW
-    return clean_BTCHW
-
-
-@torch.inference_mode()
-def decode_latents(vae: "AutoencoderKL", latents_BTCHW: Tensor) -> Tensor:
-    """What latents stand for, uint8 [B, T, H, W, 3], RGB, on the CPU; one frame at a time, to save memory."""
-    frames = [
-        to_uint8(vae.decode(latent[None].to(vae.dtype) / vae.config.scaling_factor).sample[0])
-        for latent in latents_BTCHW.flatten(0, 1)
-    ]
-    return torch.stack(frames).view(*latents_BTCHW.shape[:2], *frames[0].shape)
-
-
-def to_uint8(pixels_3HW: Tensor) -> Tensor:
-    """Pixels from -1 to 1, clamped, as uint8 [H, W, 3] on the CPU."""
-    levels = (pixels_3HW.float() / 2 + 0.5).clamp(0, 1).mul(255).round()
-    return levels.to(torch.uint8).movedim(-3, -1).cpu()
+    latents_BTCHW: Tensor = torch.stack(noise).to(weights.device) * euler.init_noise_sigma
+    guided = guidance > 1
+    if guided:
+        embeddings_BTQE = torch.cat([embeddings_BTQE, null_QE.expand_as(embeddings_BTQE)])
+    embeddings_BTQE = embeddings_BTQE.to(weights)
+    for t in euler.timesteps:
+        scaled_BTCHW = euler.scale_model_input(latents_BTCHW, t).to(weights.dtype)
+        predicted = decoder(
+            torch.cat([scaled_BTCHW] * 2) if guided else scaled_BTCHW, t.expand(len(embeddings_BTQE)), embeddings_BTQE
+        ).float()
+        if guided:
+            conditional, unconditional = predicted.chunk(2)
+            predicted = unconditional + guidance * (conditional - unconditional)
+        latents_BTCHW = euler.step(predicted, t, latents_BTCHW, return_dict=False)[0]
+    return latents_BTCHW
 
 
 def write(path: Path, frames_THW3: Tensor, rate: int) -> None:

@@ -24,8 +24,8 @@ from emu2_megatron.data.visuals import EncodedPicture, EncodedVideo
 from emu2_megatron.errors import DataError
 from emu2_megatron.inference.model import Prompt
 
-Part: TypeAlias = str | Path | Image.Image
-"""Text; a file, by its name a picture or a video; or an opened picture."""
+Part: TypeAlias = str | Path | Image.Image | EncodedPicture
+"""Text; a file, by its name a picture or a video; an opened picture; or what a picture's file contains."""
 Turn: TypeAlias = tuple[Sequence[Part], str | None]
 """What the user said, and the answer; None is for the model to give."""
 
@@ -71,6 +71,9 @@ def encode(parts: Sequence[Part], tokenizer: Tokenizer, model: ModelConfig, fram
         text = ""
         if isinstance(part, Image.Image):
             show(prepare(part, model.encoder.image_size)[None], tokenizer.image, model.image_queries)
+        elif isinstance(part, EncodedPicture):
+            shown = _decoded(part, model.encoder.image_size, f"picture {len(pictures) + 1}")
+            show(shown, tokenizer.image, model.image_queries)
         elif is_video(part):
             say([tokenizer.ids["[VIDEO]"]])
             show(_read(part, model.encoder.image_size, frames), tokenizer.frame, model.frame_queries)
@@ -80,20 +83,25 @@ def encode(parts: Sequence[Part], tokenizer: Tokenizer, model: ModelConfig, fram
     return Prompt(tokens, visual, pictures, queries)
 
 
-def chat(turns: Sequence[Turn], system: str = COMPREHENSIVE, grounding: bool = False) -> list[Part]:
+def chat(turns: Sequence[Turn], system: str | None = None, grounding: bool = False) -> list[Part]:
     """A conversation as Emu2-Chat was trained on it, as parts of a prompt.
 
     Args:
         turns: from the first on; the last answer is None.
-        system: stands first; may be empty. For grounding, CONCISE is the authors'.
+        system: stands first; may be empty. None is the authors': COMPREHENSIVE, for grounding CONCISE.
         grounding: ask for boxes in the answer.
     """
-    parts: list[Part] = [system]
+    parts: list[Part] = [system_message(grounding) if system is None else system]
     for said, answer in turns:
         parts += ["[USER]:", *_after_colon(said), "[ASSISTANT]:"]
         if answer is not None:
             parts += [*_after_colon([answer]), "</s>"]
     return [*parts, "<grounding>"] if grounding else parts
+
+
+def system_message(grounding: bool) -> str:
+    """What stands before a conversation unless another message is given."""
+    return CONCISE if grounding else COMPREHENSIVE
 
 
 def to_text(tokens: Iterable[int], tokenizer: Tokenizer, keep_added: bool = False) -> str:
@@ -112,13 +120,17 @@ def _read(path: Path, size: int, frames: int) -> torch.Tensor:
     try:
         data = path.read_bytes()
         video = EncodedVideo(data, frame_indices(probe.video(path.name, data), frames)) if frames else None
-        (pixels,) = decode([video or EncodedPicture(data)], size)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
+    return _decoded(video or EncodedPicture(data), size, str(path))
+
+
+def _decoded(visual: EncodedPicture | EncodedVideo, size: int, name: str) -> torch.Tensor:
+    (pixels,) = decode([visual], size)
     if isinstance(pixels, DataError):
-        raise DataError(f"{path}: {pixels}")
+        raise DataError(f"{name}: {pixels}")
     return pixels
 
 
@@ -154,4 +166,4 @@ def _pattern(names: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, names))})")
 
 
-__all__ = ["COMPREHENSIVE", "CONCISE", "Part", "Turn", "chat", "encode", "is_video", "to_text"]
+__all__ = ["COMPREHENSIVE", "CONCISE", "Part", "Turn", "chat", "encode", "is_video", "system_message", "to_text"]

@@ -44,7 +44,8 @@ class Options:
             "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
             "min_new_tokens": (self.min_new_tokens >= 0, "0 or more"),
             "beams": (self.beams >= 1, "1 or more"),
-            "temperature": (0 <= self.temperature < float("inf"), "0 or more"),
+            # Logits divided by less would be infinite, and what is drawn from them not a number.
+            "temperature": (self.temperature == 0 or 1e-3 <= self.temperature < float("inf"), "0, or 0.001 and more"),
             "top_p": (0 < self.top_p <= 1, "above 0, up to 1"),
             "top_k": (self.top_k >= 0, "0 or more"),
         }

@@ -60,13 +60,16 @@ class Rule:
     """(model, whole released tensors, tp) to the tp local tensors."""
     join: Callable[[ModelConfig, list[Tensor]], list[Tensor]]
     """(model, the tp local tensors) to the whole released tensors."""
+    parts: Callable[[ModelConfig, Tensor], list[Tensor]]
+    """(model, the local tensor of a single rank) to where in it each released tensor lies: views with its elements in
+    order, in a shape whose first dimension may be cut once more (a head each of q, k and v)."""
     dim: int | None
     """The dimension that is cut, or None if every rank holds the whole."""
 
 
 def _pad_rows(model: ModelConfig, whole: Tensor, tp: int) -> Tensor:
-    multiple = model.decoder.make_vocab_size_divisible_by * tp
-    return nn.functional.pad(whole, (0, 0, 0, -len(whole) % multiple))
+    padding = -len(whole) % (model.decoder.make_vocab_size_divisible_by * tp)
+    return nn.functional.pad(whole, (0, 0, 0, padding)) if padding else whole
 
 
 def _fuse_qkv(model: ModelConfig, whole: list[Tensor], tp: int) -> list[Tensor]:
@@ -81,23 +84,38 @@ def _joined(local: list[Tensor], dim: int = 0) -> Tensor:
     return torch.cat(local, dim) if len(local) > 1 else local[0]
 
 
-def _split_qkv(model: ModelConfig, local: list[Tensor]) -> list[Tensor]:
-    whole = _joined(local)
-    heads = whole.view(model.decoder.num_attention_heads, 3, -1, whole.shape[-1])
-    return [heads[:, i].flatten(0, 1) for i in range(3)]
+def _heads_of_qkv(model: ModelConfig, fused: Tensor) -> list[Tensor]:
+    return list(fused.view(model.decoder.num_attention_heads, 3, -1, fused.shape[-1]).unbind(1))
 
 
-REPLICATED = Rule(lambda m, whole, tp: [whole[0]] * tp, lambda m, local: [local[0]], None)
-ROW = Rule(lambda m, whole, tp: list(whole[0].chunk(tp, dim=1)), lambda m, local: [_joined(local, 1)], 1)
+REPLICATED = Rule(
+    lambda m, whole, tp: [whole[0]] * tp,
+    lambda m, local: [local[0]],
+    lambda m, fused: [fused],
+    None,
+)
+ROW = Rule(
+    lambda m, whole, tp: list(whole[0].chunk(tp, dim=1)),
+    lambda m, local: [_joined(local, 1)],
+    lambda m, fused: [fused],
+    1,
+)
 VOCABULARY = Rule(
     lambda m, whole, tp: list(_pad_rows(m, whole[0], tp).chunk(tp)),
     lambda m, local: [_joined(local)[: m.decoder.vocab_size]],
+    lambda m, fused: [fused[: m.decoder.vocab_size]],
     0,
 )
-QKV = Rule(_fuse_qkv, _split_qkv, 0)
+QKV = Rule(
+    _fuse_qkv,
+    lambda m, local: [heads.flatten(0, 1) for heads in _heads_of_qkv(m, _joined(local))],
+    _heads_of_qkv,
+    0,
+)
 GATED_MLP = Rule(
     lambda m, whole, tp: [_joined(list(pair)) for pair in zip(*(x.chunk(tp) for x in whole), strict=True)],
     lambda m, local: [_joined(list(half)) for half in zip(*(x.chunk(2) for x in local), strict=True)],
+    lambda m, fused: list(fused.chunk(2)),
     0,
 )
 

@@ -180,8 +180,13 @@ def _through_temporal(module: nn.Module, args: Any, output: Tensor) -> Tensor:
     return out
 
 
-def build(config: VideoDecoderConfig, seed: int) -> VideoDecoder:
-    """A video decoder in fp32 on the CPU, or under `torch.device("meta")`; (config, seed) say which weights.
+def build(config: VideoDecoderConfig, width: int, seed: int = 0) -> VideoDecoder:
+    """A video decoder with fresh weights, in fp32 on the CPU, or under `torch.device("meta")`.
+
+    Args:
+        config: the sizes.
+        width: E, of the embeddings it reads.
+        seed: of the weights.
 
     Raises:
         ConfigError: sizes that do not go together.
@@ -191,38 +196,38 @@ def build(config: VideoDecoderConfig, seed: int) -> VideoDecoder:
     _validate(config)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return inflate(UNet2DConditionModel(**_unet_settings(config)), config.temporal_kernel_size)
+        return inflate(UNet2DConditionModel(**unet_config(config, width)), config.temporal_kernel_size)
 
 
 def _validate(config: VideoDecoderConfig) -> None:
-    if len(config.channels) < 2 or len(config.attention_heads) != len(config.channels):
+    if len(config.unet_channels) < 2 or len(config.unet_attention_heads) != len(config.unet_channels):
         raise ConfigError(
-            f"video_decoder.attention_heads: {len(config.attention_heads)} levels, but channels has "
-            f"{len(config.channels)}; both name the same levels, at least two"
+            f"video_decoder.unet_attention_heads: {len(config.unet_attention_heads)} levels, but unet_channels has "
+            f"{len(config.unet_channels)}; both name the same levels, at least two"
         )
-    for channels, heads in zip(config.channels, config.attention_heads, strict=True):
-        if channels % heads or channels % config.norm_groups or channels % 2:
+    for channels, heads in zip(config.unet_channels, config.unet_attention_heads, strict=True):
+        if channels % heads or channels % config.norm_num_groups or channels % 2:
             raise ConfigError(
-                f"video_decoder.channels: {channels} must be even and divisible by the level's {heads} attention heads "
-                f"and by norm_groups {config.norm_groups}"
+                f"video_decoder.unet_channels: {channels} must be even, and divisible by the level's {heads} attention "
+                f"heads and by norm_num_groups {config.norm_num_groups}"
             )
     if config.temporal_kernel_size % 2 == 0:
         raise ConfigError(f"video_decoder.temporal_kernel_size: {config.temporal_kernel_size} is not odd")
 
 
-def _unet_settings(config: VideoDecoderConfig) -> dict[str, Any]:
+def unet_config(config: VideoDecoderConfig, width: int) -> dict[str, Any]:
     """Stable Diffusion 2.1's unet/config.json, but for the width of cross-attention."""
-    levels = len(config.channels)
+    levels = len(config.unet_channels)
     return {
         "in_channels": config.latent_channels,
         "out_channels": config.latent_channels,
         "down_block_types": ("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
         "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
-        "block_out_channels": config.channels,
-        "layers_per_block": config.layers_per_block,
-        "norm_num_groups": config.norm_groups,
-        "attention_head_dim": config.attention_heads,  # diffusers means their number
-        "cross_attention_dim": config.embedding_size,
+        "block_out_channels": config.unet_channels,
+        "layers_per_block": config.unet_layers_per_block,
+        "norm_num_groups": config.norm_num_groups,
+        "attention_head_dim": config.unet_attention_heads,  # diffusers means their number
+        "cross_attention_dim": width,
         "use_linear_projection": True,
     }
 
@@ -239,11 +244,14 @@ class Origins:
     """Temporal: the 2D network has none."""
 
 
-def from_2d(config: VideoDecoderConfig, weights: Mapping[str, Tensor], seed: int) -> tuple[VideoDecoder, Origins]:
+def from_2d(
+    config: VideoDecoderConfig, width: int, weights: Mapping[str, Tensor], seed: int = 0
+) -> tuple[VideoDecoder, Origins]:
     """A video decoder that begins from the weights of a 2D UNet, and what came from where.
 
     Args:
-        config: the decoder.
+        config: the sizes.
+        width: E, of the embeddings it reads.
         weights: the UNet's state dict in diffusers' names (`unet/diffusion_pytorch_model.safetensors`).
         seed: of what is new or of another shape.
 
@@ -252,7 +260,7 @@ def from_2d(config: VideoDecoderConfig, weights: Mapping[str, Tensor], seed: int
         ConversionError: a tensor is missing, surplus or of another shape, and is not a key or value of cross-attention
             that reads another width.
     """
-    decoder = build(config, seed)
+    decoder = build(config, width, seed)
     ours = decoder.unet.state_dict()
     new = tuple(name for name in ours if ".temporal." in name)
     wanted = [name for name in ours if ".temporal." not in name]

@@ -55,18 +55,20 @@ def test_an_interrupted_export_goes_on(
 ) -> None:
     """Nothing has the final name before it is whole, and what is finished is not written again."""
     written: list[str] = []
-    add_shard, finish = shards.Folder.add_shard, shards.Folder._finish
+    fill_shard, finish = shards.Folder.fill_shard, shards.Folder._finish
+    begun: list[str] = []
 
-    def interrupted(self: shards.Folder, shard: shards.Shard, *args: Any) -> None:
-        if len(written) == after:
+    def interrupted(self: shards.Folder, shard: shards.Shard, *args: Any) -> Any:
+        if len(begun) == after:  # the shard before is not finished yet, and will be
             raise KeyboardInterrupt
-        add_shard(self, shard, *args)
+        begun.append(shard.name)
+        return fill_shard(self, shard, *args)
 
     def counted(self: shards.Folder, name: str, *args: Any) -> None:
         written.append(name)
         finish(self, name, *args)
 
-    monkeypatch.setattr(shards.Folder, "add_shard", interrupted)
+    monkeypatch.setattr(shards.Folder, "fill_shard", interrupted)
     monkeypatch.setattr(shards.Folder, "_finish", counted)
     output = tmp_path / "hf"
     with pytest.raises(KeyboardInterrupt):
@@ -81,7 +83,7 @@ def test_an_interrupted_export_goes_on(
     with pytest.raises(ConversionError, match="left by another conversion: remove it"):
         export(exported, output, dtype=torch.bfloat16)
     written.clear()
-    monkeypatch.setattr(shards.Folder, "add_shard", add_shard)
+    monkeypatch.setattr(shards.Folder, "fill_shard", fill_shard)
     export(exported, output)
     assert not set(written) & set(times) and not unfinished.exists()
     assert {name: (output / name).stat().st_mtime_ns for name in times} == times

@@ -23,18 +23,23 @@ from emu2_megatron.errors import ConfigError, ConversionError
 from emu2_megatron.inference import film
 from emu2_megatron.model import video_decoder
 from emu2_megatron.model.video_decoder import VideoDecoder
-from emu2_megatron.model.video_loss import denoising_loss, noise_schedule
+from emu2_megatron.model.video_loss import denoising_loss, draw, training_scheduler
 
 CLIPS = Path(__file__).parents[2] / "examples" / "data" / "videos"
 
 TINY = VideoDecoderConfig(
-    embedding_size=24,
+    unet_channels=(16, 32),
+    unet_attention_heads=(2, 4),
+    unet_layers_per_block=1,
     latent_channels=3,
-    channels=(16, 32),
-    attention_heads=(2, 4),
-    layers_per_block=1,
-    norm_groups=8,
+    norm_num_groups=8,
 )
+WIDTH = 24
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
 
 
 def stable_diffusion(**changes: object) -> UNet2DConditionModel:
@@ -63,7 +68,7 @@ def stable_diffusion(**changes: object) -> UNet2DConditionModel:
     return UNet2DConditionModel(**{**settings, **changes})
 
 
-def tiny_2d(cross_attention_dim: int = TINY.embedding_size) -> UNet2DConditionModel:
+def tiny_2d(cross_attention_dim: int = WIDTH) -> UNet2DConditionModel:
     """A 2D UNet of TINY's sizes, every parameter random, norms and biases too."""
     torch.manual_seed(0)
     unet = stable_diffusion(
@@ -97,7 +102,7 @@ def inputs(B: int, T: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(B, T, 3, 8, 8, generator=generator)
     timesteps = torch.randint(1000, (B,), generator=generator)
-    return latents, timesteps, torch.randn(B, T, 4, TINY.embedding_size, generator=generator)
+    return latents, timesteps, torch.randn(B, T, 4, WIDTH, generator=generator)
 
 
 @pytest.mark.parametrize("recomputed", [False, True], ids=["", "recomputed"])
@@ -230,7 +235,7 @@ def test_recomputation_gives_the_same_gradients_for_clips_of_any_length() -> Non
 
 
 def test_inputs_that_do_not_go_together_are_refused() -> None:
-    decoder = video_decoder.build(TINY, seed=0)
+    decoder = video_decoder.build(TINY, WIDTH)
     latents, timesteps, embeddings = inputs(2, 3)
     for wrong in (
         (latents, timesteps, embeddings[:, :2]),
@@ -244,7 +249,7 @@ def test_inputs_that_do_not_go_together_are_refused() -> None:
 
 def test_a_2d_checkpoint_is_taken_name_by_name() -> None:
     weights = tiny_2d(cross_attention_dim=10).state_dict()
-    decoder, origins = video_decoder.from_2d(TINY, weights, seed=0)
+    decoder, origins = video_decoder.from_2d(TINY, WIDTH, weights)
     width = {f"attn2.to_{part}.weight" for part in "kv"}
     assert set(origins.reinitialised) == {name for name in weights if name.endswith(tuple(width))}
     assert len(origins.reinitialised) == 2 * 4  # of four transformers
@@ -253,13 +258,13 @@ def test_a_2d_checkpoint_is_taken_name_by_name() -> None:
     assert all(".temporal." in name for name in origins.new)
     ours = decoder.unet.state_dict()
     assert all(torch.equal(ours[name], weights[name]) for name in origins.taken)
-    fresh = video_decoder.build(TINY, seed=0).unet.state_dict()
+    fresh = video_decoder.build(TINY, WIDTH).unet.state_dict()
     assert all(torch.equal(ours[name], fresh[name]) for name in (*origins.reinitialised, *origins.new))
 
 
 def test_a_2d_checkpoint_of_the_same_width_gives_the_2d_unet() -> None:
     unet = tiny_2d()
-    decoder, origins = video_decoder.from_2d(TINY, unet.state_dict(), seed=0)
+    decoder, origins = video_decoder.from_2d(TINY, WIDTH, unet.state_dict())
     assert origins.reinitialised == ()
     latents, timesteps, embeddings = inputs(1, 2)
     expected = unet(latents[0], timesteps, embeddings[0]).sample
@@ -271,31 +276,33 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name() -> None:
     name = "mid_block.resnets.0.conv1.weight"
     lacking = {key: tensor for key, tensor in weights.items() if key != name}
     with pytest.raises(ConversionError, match=f"lacks {name};"):
-        video_decoder.from_2d(TINY, lacking, seed=0)
+        video_decoder.from_2d(TINY, WIDTH, lacking)
     with pytest.raises(ConversionError, match="has what the decoder does not: add_embedding.bias;"):
-        video_decoder.from_2d(TINY, {**weights, "add_embedding.bias": torch.zeros(1)}, seed=0)
+        video_decoder.from_2d(TINY, WIDTH, {**weights, "add_embedding.bias": torch.zeros(1)})
     with pytest.raises(ConversionError, match=rf"does not fit: {name} \[32, 32, 1, 1\], not \[32, 32, 3, 3\];"):
-        video_decoder.from_2d(TINY, {**weights, name: weights[name][:, :, :1, :1]}, seed=0)
+        video_decoder.from_2d(TINY, WIDTH, {**weights, name: weights[name][:, :, :1, :1]})
     name = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight"
     with pytest.raises(ConversionError, match=rf"does not fit: {name} \[16, 24\], not \[32, 24\];"):
-        video_decoder.from_2d(TINY, {**weights, name: weights[name][:16]}, seed=0)
+        video_decoder.from_2d(TINY, WIDTH, {**weights, name: weights[name][:16]})
 
 
 def test_a_configuration_that_does_not_go_together_is_refused() -> None:
-    with pytest.raises(ConfigError, match="video_decoder.attention_heads: 1 levels, but channels has 2"):
-        video_decoder.build(replace(TINY, attention_heads=(2,)), seed=0)
-    with pytest.raises(ConfigError, match="video_decoder.channels: 32 must be even and divisible by .* 3 attention"):
-        video_decoder.build(replace(TINY, attention_heads=(2, 3)), seed=0)
+    with pytest.raises(ConfigError, match="video_decoder.unet_attention_heads: 1 levels, but unet_channels has 2"):
+        video_decoder.build(replace(TINY, unet_attention_heads=(2,)), WIDTH)
+    with pytest.raises(
+        ConfigError, match="video_decoder.unet_channels: 32 must be even, and divisible by .* 3 attention"
+    ):
+        video_decoder.build(replace(TINY, unet_attention_heads=(2, 3)), WIDTH)
     with pytest.raises(ConfigError, match="video_decoder.temporal_kernel_size: 4 is not odd"):
-        video_decoder.build(replace(TINY, temporal_kernel_size=4), seed=0)
+        video_decoder.build(replace(TINY, temporal_kernel_size=4), WIDTH)
     with pytest.raises(ConfigError, match="video_decoder.prediction_type: 'sample' is none of"):
-        noise_schedule(replace(TINY, prediction_type="sample"))
+        training_scheduler(replace(TINY, prediction_type="sample"))
 
 
 def test_the_full_size_is_stable_diffusion_2_1_of_another_width() -> None:
     with torch.device("meta"):
         unet = stable_diffusion()
-        decoder = video_decoder.build(VIDEO_DECODERS["emu2_video"], seed=0)
+        decoder = video_decoder.build(VIDEO_DECODERS["emu2_video"], 1792)
     shapes_2d = {name: tensor.shape for name, tensor in unet.state_dict().items()}
     for name in shapes_2d:
         if name.endswith(("attn2.to_k.weight", "attn2.to_v.weight")):
@@ -339,20 +346,20 @@ def test_it_learns_a_clip_and_its_films_flicker_less() -> None:
     latents = (frames_THW3.float() / 127.5 - 1).movedim(-1, 1)[None]
     thumbnails = nn.functional.avg_pool2d(latents[0], 8).flatten(2).transpose(1, 2)
     generator = torch.Generator().manual_seed(0)
-    embeddings = (thumbnails @ torch.randn(3, TINY.embedding_size, generator=generator))[None]
-    null_QE = torch.zeros(4, TINY.embedding_size)
-    decoder, schedule = video_decoder.build(TINY, seed=0), noise_schedule(TINY)
+    embeddings = (thumbnails @ torch.randn(3, WIDTH, generator=generator))[None]
+    null_QE = torch.zeros(4, WIDTH)
+    decoder, scheduler = video_decoder.build(TINY, WIDTH), training_scheduler(TINY)
 
     def loss(seeds: list[int]) -> Tensor:
         n = len(seeds)
-        total, count = denoising_loss(
-            decoder, schedule, latents.expand(n, *latents.shape[1:]), embeddings.expand(n, -1, -1, -1), null_QE, seeds
-        )
+        draws = draw(TINY, seeds, *latents.shape[1:2], *latents.shape[3:])
+        clips, given = latents.expand(n, *latents.shape[1:]), embeddings.expand(n, -1, -1, -1)
+        total, count = denoising_loss(decoder, scheduler, clips, given, null_QE, draws)
         return total / count
 
     def flicker() -> float:
-        made = film.sample_latents(decoder, schedule, embeddings, null_QE, [1], (16, 16), steps=10, guidance=1.0)
-        return film.neighbour_psnr(film.to_uint8(made[0]))
+        made = film.denoise(decoder, scheduler, embeddings, null_QE, [1], (16, 16), steps=10, guidance=1.0)
+        return film.neighbour_psnr(((made[0].clamp(-1, 1) + 1) * 127.5).round().byte())
 
     held_out = [-seed for seed in range(1, 17)]  # timesteps and noise not trained on
     with torch.no_grad():
