@@ -2,7 +2,13 @@
 
 from dataclasses import replace
 
-from emu2_megatron.config.schema import DecoderConfig, EncoderConfig, ModelConfig, VisualDecoderConfig
+from emu2_megatron.config.schema import (
+    DecoderConfig,
+    EncoderConfig,
+    ModelConfig,
+    VideoDecoderConfig,
+    VisualDecoderConfig,
+)
 
 _EMU2_37B = ModelConfig()
 
@@ -66,3 +72,16 @@ VISUAL_DECODERS: dict[str, VisualDecoderConfig] = {
     ),
 }
 """Named sizes of the visual decoder."""
+
+VIDEO_DECODERS: dict[str, VideoDecoderConfig] = {
+    "emu2_video": VideoDecoderConfig(),
+    # Two levels: with those there are a way down, a middle and a way up.
+    "emu2_video_tiny": VideoDecoderConfig(
+        preset="emu2_video_tiny",
+        unet_channels=(32, 64),
+        unet_attention_heads=(2, 4),
+        unet_layers_per_block=1,
+        norm_num_groups=8,
+    ),
+}
+"""Named sizes of the video decoder."""

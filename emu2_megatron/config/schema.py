@@ -128,6 +128,37 @@ class VisualDecoderConfig:
 
 
 @dataclass(frozen=True)
+class VideoDecoderConfig:
+    """The video decoder: Stable Diffusion 2.1's UNet made 3D, conditioned on the visual embeddings of frames. Their
+    width is the encoder's."""
+
+    preset: str = "emu2_video"
+    """emu2_video or emu2_video_tiny."""
+    unet_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    """Channels of the UNet's levels, from the finest on; each level but the last has attention, and halves height and
+    width."""
+    unet_attention_heads: tuple[int, ...] = (5, 10, 20, 20)
+    """Attention heads of each level; divide its channels."""
+    unet_layers_per_block: int = 2
+    """Residual blocks of each level on the way down; one more on the way up."""
+    temporal_kernel_size: int = 3
+    """Frames that a temporal convolution sees; odd."""
+    latent_channels: int = 4
+    """Channels of the latents."""
+    norm_num_groups: int = 32
+    """Groups of every GroupNorm; divide all channels."""
+    prediction_type: str = "v_prediction"
+    """What the UNet predicts: v_prediction, as the checkpoint named Stable Diffusion 2.1 (768 pixels) was trained to,
+    or epsilon (the noise), as its base version (512 pixels) was. The paper does not say which it began from. Weights of
+    both have the same names and shapes: with the wrong one a checkpoint loads, and has to learn anew."""
+    condition_drop: float = 0.1
+    """Share of clips that are trained without their embeddings, for classifier-free guidance. Of the video decoder's
+    training nothing is published; this and noise_offset are the visual decoder's."""
+    noise_offset: float = 0.1
+    """Standard deviation of what is added to the noise of a whole channel in all frames of a clip."""
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where sequences come from, and what they look like."""
 
