@@ -244,8 +244,8 @@ def _parser() -> argparse.ArgumentParser:
             "to-diffusers",
             help="a checkpoint and a visual decoder to a folder that diffusers loads",
             description="Write Emu2-Gen's folder, with which diffusers paints what text and pictures ask for, of a "
-            "checkpoint of any layout and a visual decoder. Needs no GPU, and memory for UNet and VAE; goes on where it was "
-            "interrupted. docs/conversion.md says what is written.",
+            "checkpoint of any layout and a visual decoder. Needs no GPU, and memory for UNet and VAE; goes on where "
+            "it was interrupted. docs/conversion.md says what is written.",
             allow_abbrev=False,
         )
     )

@@ -27,7 +27,7 @@ from emu2_megatron.data.decode import normalize
 from emu2_megatron.errors import ConversionError
 from emu2_megatron.model.paint import paint
 from emu2_megatron.model.sdxl import load_sdxl
-from emu2_megatron.model.visual_decoder import build_unet, build_vae
+from emu2_megatron.model.visual_decoder import build_unet
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -41,14 +41,7 @@ State = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def networks() -> tuple[Any, Any]:
-    """Untrained, but with a UNet that listens to its conditions and a VAE whose pictures are within range."""
-    unet, vae = build_unet(CONFIG, WIDTH), build_vae(CONFIG)
-    with torch.no_grad():
-        for name, parameter in unet.named_parameters():
-            if name.endswith(("attn2.to_out.0.weight", "add_embedding.linear_2.weight")):
-                parameter *= 10
-        vae.decoder.conv_out.weight *= 0.5
-    return unet, vae
+    return sdxl.networks(CONFIG, WIDTH)
 
 
 @pytest.fixture(scope="module")
