@@ -1,4 +1,4 @@
-"""SDXL-base 1.0's public configuration files, the same with the sizes of the tiny visual decoder, and networks of those."""
+"""SDXL-base 1.0's public configuration files, the same in the sizes of the tiny visual decoder, and such a decoder."""
 
 from typing import Any
 

@@ -5,7 +5,6 @@ and paints, one picture after the other: where memory is enough for the language
 """
 
 import argparse
-import gc
 import json
 import math
 import os
@@ -181,8 +180,6 @@ def _conditions(
         return conditions(model, prompts, again, tokenizer, sizes, batch_size)
     finally:
         topology.stop()
-        del model
-        gc.collect()  # its modules know each other in circles
 
 
 def _paint(
