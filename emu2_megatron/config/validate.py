@@ -280,6 +280,7 @@ _POSITIVE = """
     optimizer.visual_decoder_lr visual_decoder.image_size visual_decoder.unet_layers_per_block
     visual_decoder.time_embed_dim visual_decoder.vae_layers_per_block visual_decoder.latent_channels
     visual_decoder.vae_scaling_factor visual_decoder.norm_num_groups visual_decoder.min_picture_size
+    visual_decoder.largest_scale
     guards.max_skips guards.spike_window guards.hang_minutes guards.straggler_z guards.straggler_records
 """.split()
 _NOT_NEGATIVE = """

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from emu2_megatron.config import flops
 from emu2_megatron.config.schema import Config
@@ -49,7 +49,7 @@ def build(
     vae = visual_decoder.build_vae(config.visual_decoder, seed)
     if fill is not None:
         fill(unet, vae)
-    unet = unet.to(device(), DTYPES[config.training.precision])
+    nn.Module.to(unet, device(), DTYPES[config.training.precision])  # diffusers' own warns of what it does not do
     vae = vae.to(device()).requires_grad_(False).eval()
     if config.training.recompute == "full":
         unet.enable_gradient_checkpointing()
