@@ -13,7 +13,7 @@ from emu2_megatron.data.loader import Loader, State, merged
 from emu2_megatron.errors import Stopped
 from emu2_megatron.parallel import topology, wrap
 from emu2_megatron.parallel.step import Batch
-from emu2_megatron.training import begin, objective
+from emu2_megatron.training import begin, objective, panels
 from emu2_megatron.training.guards import Guards
 from emu2_megatron.training.launch import checkpoint_directory
 from emu2_megatron.training.meters import Meter, peak
@@ -105,6 +105,9 @@ def _steps(
             meter = Meter(config, best, engine.step.flops)
             if writers:
                 writers.write(record)
+        painted = config.visual_decoder.paint_every
+        if config.training.objective == "visual_decoder" and (last or (painted and step % painted == 0)):
+            panels.show(config, engine, loader.sources, writers, step, last)
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             guards.watchdog.enter("save")
             guards.watchdog.progressed()

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -65,6 +66,13 @@ class Writers:
             self.progress.console.print(line, soft_wrap=True, highlight=False)
         else:
             print(_line(record), flush=True)
+
+    def pictures(self, step: int, panel_NHW3: np.ndarray, name: str, scores: dict[str, float]) -> None:
+        """Log a row of pictures, uint8, and what was measured of them."""
+        if self.tensorboard is not None:
+            self.tensorboard.add_images(f"pictures/{name}", panel_NHW3, step, dataformats="NHWC")
+            for measure, value in scores.items():
+                self.tensorboard.add_scalar(f"pictures/{measure}", value, step)
 
     def close(self) -> None:
         """Flush and close everything."""
