@@ -80,7 +80,7 @@ def to_diffusers(
     with torch.device("meta"):
         networks = {"unet": (build_unet(config, width), unet), "vae": (build_vae(config), vae)}
     for name, (network, tensors) in networks.items():
-        _same_tensors(name, network.state_dict(), tensors)
+        check_tensors(name, network.state_dict(), tensors)
     _, chat = huggingface.open_tokenizer(tokenizer, model, released=False)
     classes = {name: ["diffusers", type(network).__name__] for name, (network, _) in networks.items()}
     scheduler = sampling_scheduler()
@@ -149,7 +149,7 @@ def from_diffusers(
             key: read(place, torch.empty(place.shape, dtype=place.dtype)) for key, place in source.places.items()
         }
         if not free:
-            _same_tensors(str(folder / name), network.state_dict(), tensors)
+            check_tensors(str(folder / name), network.state_dict(), tensors)
         found[name] = tensors
     return found["unet"], found["vae"]
 
@@ -199,7 +199,7 @@ The files `conversion.json` have the SHA-256 of all others.
 """.encode()
 
 
-def _same_tensors(what: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+def check_tensors(what: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     """Raise ConversionError unless names and shapes are equal."""
     if missing := sorted(wanted.keys() - found.keys()):
         raise ConversionError(f"{what}: {missing[0]} is missing ({len(missing)} of {len(wanted)} tensors)")

@@ -99,15 +99,16 @@ def _steps(
         last = step == config.training.steps or stop is not None
         if writers:
             writers.advance(step)
+        paints = config.visual_decoder.paint_every
+        scores: dict[str, float] = {}
+        if config.training.objective == "visual_decoder" and (last or (paints and step % paints == 0)):
+            scores = panels.show(config, engine, loader.sources, writers, step, last)
         if meter.steps and (step == 1 or last or step % config.logging.every == 0):
-            record = meter.record(step, report, skipped, guards.skipped)
+            record = meter.record(step, report, skipped, guards.skipped) | scores
             guards.stragglers(meter.z_scores)
             meter = Meter(config, best, engine.step.flops)
             if writers:
                 writers.write(record)
-        painted = config.visual_decoder.paint_every
-        if config.training.objective == "visual_decoder" and (last or (painted and step % painted == 0)):
-            panels.show(config, engine, loader.sources, writers, step, last)
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             guards.watchdog.enter("save")
             guards.watchdog.progressed()

@@ -21,26 +21,36 @@ from emu2_megatron.parallel.diffusion import DiffusionStep
 from emu2_megatron.parallel.wrap import Engine
 from emu2_megatron.training.writers import Writers
 
-SHOWN = 8
-"""Pictures of a panel."""
+SHOWN, LAST_SHOWN = 8, 32
+"""Pictures of a panel, and of the one at the end of a run."""
+COLUMNS = 16
+"""Of a contact sheet."""
 ROWS = ("original", "painted from its embeddings", "from the embeddings of the picture before")
 
 
 def show(
-    config: Config, engine: Engine, sources: list[ShardIndex], writers: Writers | None, step: int, sheet: bool
-) -> None:
-    """Paint the first pictures of the data into TensorBoard and, if `sheet`, into `pictures.png` beside the log; called
-    by all ranks together."""
-    panel, scores = panel_of(config, engine, first_pictures(config, sources) if writers else [])
+    config: Config, engine: Engine, sources: list[ShardIndex], writers: Writers | None, step: int, last: bool
+) -> dict[str, float]:
+    """Paint the first pictures of the data into TensorBoard and, at the end of a run, more of them into `pictures.png`
+    beside the log; called by all ranks together.
+
+    Returns:
+        On rank 0, what `panel_of` measured.
+    """
+    count = LAST_SHOWN if last else SHOWN
+    panel, scores = panel_of(config, engine, first_pictures(config, sources, count) if writers else [])
     if writers is None or not scores:
-        return
+        return {}
     for pictures, name in zip(panel, ("original", "painted", "shuffled"), strict=True):
-        writers.pictures(step, pictures, name, scores if name == "painted" else {})
-    writers.say(f"step {step}: painted pictures are {scores['painted_psnr']:.1f} dB from their originals, from the "
-                f"embeddings of others {scores['shuffled_psnr']:.1f} dB")  # fmt: skip
-    if sheet:
+        writers.pictures(step, pictures, name)
+    writers.say(
+        f"step {step}: painted pictures are {scores['painted_psnr']:.1f} dB from their originals, "
+        f"{scores['shuffled_psnr']:.1f} dB if painted from the embeddings of others"
+    )
+    if last:
         contact_sheet(panel, Path(config.logging.directory) / "pictures.png")
         writers.say(f"pictures: {Path(config.logging.directory) / 'pictures.png'}")
+    return scores
 
 
 def panel_of(config: Config, engine: Engine, pictures: list[Crop]) -> tuple[np.ndarray, dict[str, float]]:
@@ -74,7 +84,7 @@ def psnr(painted_NHW3: Tensor, original_NHW3: Tensor) -> Tensor:
     return 10 * torch.log10(255**2 / error_N.clamp(min=1e-12))
 
 
-def first_pictures(config: Config, sources: list[ShardIndex], count: int = SHOWN) -> list[Crop]:
+def first_pictures(config: Config, sources: list[ShardIndex], count: int) -> list[Crop]:
     """The first usable pictures of the data, cut as in epoch 0: the same in every run."""
     found: list[Crop] = []
     for number in range(len(sources[0])):
@@ -90,12 +100,16 @@ def first_pictures(config: Config, sources: list[ShardIndex], count: int = SHOWN
 
 
 def contact_sheet(panel: np.ndarray, path: Path) -> None:
-    """Write a panel as a picture: a column for each picture, a row for each of ROWS."""
-    rows, columns, height, width = panel.shape[:4]
+    """Write a panel as a picture: a column for each picture, a row for each of ROWS; more pictures than COLUMNS go on
+    below."""
+    height, width = panel.shape[2:4]
     margin, line = 4, 14
-    sheet = Image.new("RGB", (columns * (width + margin) + margin, rows * (height + margin + line) + margin), "white")
+    blocks = np.array_split(panel, range(COLUMNS, panel.shape[1], COLUMNS), axis=1)
+    rows = [(said, pictures) for block in blocks for said, pictures in zip(ROWS, block, strict=True)]
+    across = min(COLUMNS, panel.shape[1]) * (width + margin) + margin
+    sheet = Image.new("RGB", (across, len(rows) * (height + margin + line) + margin), "white")
     draw = ImageDraw.Draw(sheet)
-    for row, (said, pictures) in enumerate(zip(ROWS, panel, strict=True)):
+    for row, (said, pictures) in enumerate(rows):
         top = margin + row * (height + margin + line)
         draw.text((margin, top), said, fill="black")
         for column, picture in enumerate(pictures):

@@ -67,12 +67,10 @@ class Writers:
         else:
             print(_line(record), flush=True)
 
-    def pictures(self, step: int, panel_NHW3: np.ndarray, name: str, scores: dict[str, float]) -> None:
-        """Log a row of pictures, uint8, and what was measured of them."""
+    def pictures(self, step: int, pictures_NHW3: np.ndarray, name: str) -> None:
+        """Log a row of pictures, uint8."""
         if self.tensorboard is not None:
-            self.tensorboard.add_images(f"pictures/{name}", panel_NHW3, step, dataformats="NHWC")
-            for measure, value in scores.items():
-                self.tensorboard.add_scalar(f"pictures/{measure}", value, step)
+            self.tensorboard.add_images(f"pictures/{name}", pictures_NHW3, step, dataformats="NHWC")
 
     def close(self) -> None:
         """Flush and close everything."""
@@ -135,7 +133,7 @@ def _tag(name: str) -> str:
     `batch/padding_share`."""
     if name in ("padding_share", "encoder_balance"):
         return f"batch/{name}"
-    for ending, group in (("_seconds", "seconds"), ("_per_second", "speed"), ("_loss", "loss")):
+    for ending, group in (("_seconds", "seconds"), ("_per_second", "speed"), ("_loss", "loss"), ("_psnr", "psnr")):
         if name.endswith(ending):
             return f"{group}/{name.removesuffix(ending)}"
     return f"lr/{name.removeprefix('lr_')}" if name.startswith("lr_") else f"run/{name}"

@@ -15,11 +15,12 @@ from emu2_megatron.checkpoint.save import Saver
 from emu2_megatron.checkpoint.state import stored
 from emu2_megatron.config.presets import VISUAL_DECODERS
 from emu2_megatron.config.schema import Config, DataConfig, OptimizerConfig
+from emu2_megatron.convert.decoder_checkpoint import from_checkpoint
 from emu2_megatron.data.decode import CLIP_MEAN, CLIP_STD
 from emu2_megatron.data.sequence import Crop, PackedSequence
 from emu2_megatron.model import parameters, visual_decoder
 from emu2_megatron.model.eva_vit import EvaVisionTransformer
-from emu2_megatron.parallel import diffusion, topology
+from emu2_megatron.parallel import average, diffusion, topology
 from emu2_megatron.training.step import train_step
 
 Q = harness.QUERIES
@@ -127,6 +128,14 @@ def trained(_rank: int, config: Config, directory: str, resume: str, steps: int)
     saver = Saver(config.checkpoint, Path(directory), engine, print)
     saver.save(steps, {"data": {}})
     saver.finish()
+    if here.rank == 0:
+        networks = from_checkpoint(Path(directory) / f"step_{steps:08d}", config.visual_decoder, 28)
+    averaged = average.gathered(engine, engine.whole["unet"])
+    if here.rank == 0:
+        assert networks[0].keys() == averaged.keys() and networks[1].keys() == engine.step.vae.state_dict().keys()
+        assert all(networks[0][name].equal(tensor) for name, tensor in averaged.items())
+        assert not all(averaged[name].equal(p) for name, p in engine.whole["unet"].named_parameters())
+        assert all(networks[1][name].equal(tensor) for name, tensor in engine.step.vae.state_dict().items())
     state = {f"{name}{offset}": box.clone() for name, pieces in stored(engine).items()
              for offset, box in pieces.boxes.items() if not name.startswith("rng.")}  # fmt: skip
     return {"losses": losses, "state": state}
