@@ -63,6 +63,12 @@ def validate(config: Config, world_size: int | None) -> int:
     return data_parallel_size
 
 
+def require_language(config: Config, command: str) -> None:
+    """Refuse a configuration that trains something else, for a command that is about Emu2 itself."""
+    if config.training.objective != "language":
+        raise ConfigError(f"training.objective: {config.training.objective}; {command} is about language; legal: that")
+
+
 def validate_files(config: Config) -> None:
     """Refuse shard patterns that match no file and a tokenizer that does not exist, on this machine."""
     for pattern in config.data.shards:
