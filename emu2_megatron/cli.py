@@ -91,18 +91,19 @@ def _plan(options: argparse.Namespace, overrides: list[str]) -> int:
     )  # fmt: skip
 
 
-def _with_files(name_or_file: str, overrides: Sequence[str]) -> Config:
+def _with_files(name_or_file: str, overrides: Sequence[str], command: str) -> Config:
     """A configuration that can run, whose data is on this machine."""
     from emu2_megatron.config import loading, validate
 
     config = loading.load(name_or_file, overrides)
+    validate.require_language(config, command)
     validate.validate(config, None)
     validate.validate_files(config)
     return config
 
 
 def _embed(name_or_file: str, overrides: Sequence[str], output: str) -> int:
-    config = _with_files(name_or_file, overrides)
+    config = _with_files(name_or_file, overrides, "emu2 embed")
 
     from emu2_megatron.training.embed import embed
 
@@ -114,7 +115,7 @@ def _embed(name_or_file: str, overrides: Sequence[str], output: str) -> int:
 
 
 def _inspect(name_or_file: str, overrides: Sequence[str], rows: int, output: str) -> int:
-    config = _with_files(name_or_file, overrides)
+    config = _with_files(name_or_file, overrides, "emu2 data inspect")
 
     from emu2_megatron.data.inspect import inspect
 

@@ -139,3 +139,10 @@ def test_version(capsys):
 def test_doctor(capsys):
     assert cli.main(["doctor"]) == 0
     assert "megatron-core" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["plan", "--gpus", "8"], ["data", "inspect"], ["embed", "--output", "x"]])
+def test_commands_about_language_say_so(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*command, "--config", "visual_decoder_tiny"]) == 2
+    said = capsys.readouterr().err
+    assert f"training.objective: visual_decoder; emu2 {' '.join(command[: 1 + (command[0] == 'data')])} is" in said

@@ -19,6 +19,7 @@ from emu2_megatron.checkpoint.state import State, random_states, resumed, set_ra
 from emu2_megatron.errors import CheckpointError
 from emu2_megatron.model.eva_vit import resize_positions
 from emu2_megatron.model.parameters import RULES, VOCABULARY, stored_parameters
+from emu2_megatron.parallel import average
 from emu2_megatron.parallel.topology import of_all_ranks
 from emu2_megatron.parallel.wrap import Engine
 from emu2_megatron.platform.device import device
@@ -27,7 +28,12 @@ _POSITIONS = "visual.pos_embed"
 """The one tensor whose shape depends on the size of pictures."""
 _VOCABULARY = [name for name, (rule, _) in RULES.items() if rule is VOCABULARY]
 _MASTER = "optimizer.param."
-_BESIDES_WORDS = {"optimizer": "the optimizer's", "fp8": "scales of FP8", "rng": "states of random generators"}
+_BESIDES_WORDS = {
+    "average": "of the moving average",
+    "optimizer": "the optimizer's",
+    "fp8": "scales of FP8",
+    "rng": "states of random generators",
+}
 _BESIDES = tuple(f"{kind}." for kind in _BESIDES_WORDS)
 """Beginnings of the names of what is no weight."""
 T = TypeVar("T")
@@ -51,6 +57,8 @@ def load_weights(path: str | Path, engine: Engine) -> tuple[dict[str, Any], list
     with _reading(path) as (trainer, contents):
         shapes, changes = _load_weights(path, engine, contents, grows=True)
     engine.optimizer.reload_model_params()
+    if engine.average:
+        average.restart(engine)
     taken = sum(not name.startswith(_BESIDES) for name in shapes)
     left = Counter(name.split(".")[0] for name in shapes if name.startswith(_BESIDES))
     return trainer, [
@@ -74,6 +82,8 @@ def load(path: str | Path, engine: Engine) -> dict[str, Any]:
                 "checkpoint.initialize_from"
             )
         engine.optimizer.reload_model_params()
+        if engine.average:  # of a run that kept none, it begins here
+            average.restart(engine)
         adam.make_moments(engine)
         # A master of a run whose weights were fp32 is that weight; so is, the other way round, an fp32 weight a master.
         state = {_stored_as(name, shapes): pieces for name, pieces in resumed(engine).items() if _wanted(name, shapes)}

@@ -1,9 +1,10 @@
 """What a checkpoint holds: the name of every tensor, and which part of it a rank has, stores and loads.
 
     decoder.layers.17.mlp.linear_fc1.weight       a weight, in the precision of the run; `visual.…` those of the encoder
-    unet.down_blocks.1.…                          instead of these: a weight of the visual decoder
+    unet.down_blocks.1.…, vae.encoder.…           instead of these: a weight of the visual decoder
     optimizer.param.decoder.layers.17.…           its fp32 master (none where the weight is fp32 itself)
     optimizer.exp_avg.…, optimizer.exp_avg_sq.…   Adam's moments
+    average.unet.…                                the moving average of the visual decoder's weights, if it is kept
     fp8.decoder.layers.17.forward.scale           of emulated delayed scaling; also `backward`, also `history`
     rng.rank_00003.cpu                            states of the random generators of each rank
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from emu2_megatron.checkpoint.pieces import Pieces, Region, Shape, add
 from emu2_megatron.config.schema import ModelConfig
 from emu2_megatron.model.parameters import GATED_MLP, QKV, REPLICATED, ROW, STORED_NAMES, VOCABULARY, Rule, rule_of
-from emu2_megatron.parallel.wrap import Engine
+from emu2_megatron.parallel.wrap import Engine, Owned
 from emu2_megatron.platform.device import IS_CUDA
 
 State = dict[str, Pieces]
@@ -101,14 +102,15 @@ def stored(engine: Engine) -> State:
 
     Preconditions: the weights are settled (`Engine.settle`), the optimizer has moments (`adam.make_moments`).
     """
-    owned = _owned(engine)
+    owned = engine.owned()
     state: State = {}
     for entry in _entries(engine):
         flat = _flat(entry.parameter)
         if entry.parameter in owned and entry.holders:
-            start, stop, tensors = owned[entry.parameter]
-            state[entry.key] = entry.pieces(flat[start:stop], start)
-            state |= {f"optimizer.{name}.{entry.key}": entry.pieces(t, start) for name, t in tensors.items()}
+            own = owned[entry.parameter]
+            state[entry.key] = entry.pieces(flat[own.start : own.stop], own.start)
+            tensors = _of_optimizer(entry.parameter, own, engine)
+            state |= {f"{name}.{entry.key}": entry.pieces(t, own.start) for name, t in tensors.items()}
         elif not entry.parameter.requires_grad and entry.number % max(1, entry.holders) == entry.holder:
             state[entry.key] = entry.pieces(flat)  # nobody owns what is not trained: whole tensors are dealt out
     return {
@@ -119,12 +121,12 @@ def stored(engine: Engine) -> State:
 def resumed(engine: Engine) -> State:
     """What a run goes on with besides its weights, to be loaded into: masters and moments that this rank owns, scales.
     Precondition: the optimizer has moments."""
-    owned = _owned(engine)
+    owned = engine.owned()
     state = {
-        f"optimizer.{name}.{entry.key}": entry.pieces(tensor, owned[entry.parameter][0])
+        f"{name}.{entry.key}": entry.pieces(tensor, owned[entry.parameter].start)
         for entry in _entries(engine)
         if entry.parameter in owned
-        for name, tensor in owned[entry.parameter][2].items()
+        for name, tensor in _of_optimizer(entry.parameter, owned[entry.parameter], engine).items()
     }
     return {**state, **_scales(engine)}
 
@@ -178,16 +180,13 @@ def key_of(name: str, first_layer: int) -> str:
     return f"decoder.layers.{int(match[1]) + first_layer}.{STORED_NAMES.get(match[2], match[2])}"
 
 
-def _owned(engine: Engine) -> dict[nn.Parameter, tuple[int, int, dict[str, Tensor]]]:
-    """Which elements of each parameter this rank's optimizer owns, and what it has for them, flat: `exp_avg`,
-    `exp_avg_sq`, and `param`, the fp32 master, where the weight itself is not fp32."""
-    found = {}
-    for optimizer in engine.optimizer.chained_optimizers:
-        for parameter in optimizer.model_param_group_index_map:
-            span = optimizer._get_model_param_range_map(parameter)["param"]
-            tensors = optimizer._get_main_param_and_optimizer_states(parameter)
-            names = ["exp_avg", "exp_avg_sq"] + ["param"] * (parameter.dtype is not torch.float32)
-            found[parameter] = (span.start, span.end, {name: tensors[name].data for name in names if name in tensors})
+def _of_optimizer(parameter: nn.Parameter, owned: Owned, engine: Engine) -> dict[str, Tensor]:
+    """What is kept of a parameter besides itself, by how its names begin."""
+    found = {f"optimizer.{name}": tensor for name, tensor in owned.moments.items()}
+    if parameter.dtype is not torch.float32:
+        found["optimizer.param"] = owned.master
+    if parameter in engine.average:
+        found["average"] = engine.average[parameter]
     return found
 
 

@@ -72,8 +72,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class VisualDecoderConfig:
-    """The visual decoder of Emu2-Gen: SDXL's UNet, conditioned on visual embeddings, and SDXL's VAE. The width of the
-    embeddings is the encoder's."""
+    """The visual decoder: the UNet of SDXL on visual embeddings of the encoder's width, and the VAE of SDXL."""
 
     preset: str = "emu2_gen"
     """emu2_gen, or emu2_gen_tiny (on the embeddings of emu2_tiny)."""
@@ -229,8 +228,6 @@ class OptimizerConfig:
     """Peak learning rate of project_up and project_down."""
     encoder_lr: float = 1e-5
     """Peak learning rate of the visual encoder, when it is trained."""
-    visual_decoder_lr: float = 1e-4
-    """Peak learning rate of the visual decoder."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.95
@@ -245,12 +242,14 @@ class OptimizerConfig:
     """cosine or linear, from the peak after warm-up to min_lr_ratio of it at the end of the run; or constant."""
     min_lr_ratio: float = 0.0
     """Where the schedule ends, as a share of the peak."""
-    warmup_shape: str = "linear"
-    """linear, or log: fast at first (the paper calls the visual decoder's so, and gives no formula)."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; give this or warmup_ratio."""
     warmup_ratio: float | None = None
     """Warm-up as a share of all steps; give this or warmup_steps."""
+    warmup_shape: str = "linear"
+    """linear, or log: fast at first (the paper calls the visual decoder's so, and gives no formula)."""
+    visual_decoder_lr: float = 1e-4
+    """Peak learning rate of the visual decoder."""
 
 
 @dataclass(frozen=True)
@@ -395,8 +394,6 @@ class Config:
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """The model."""
-    visual_decoder: VisualDecoderConfig = field(default_factory=VisualDecoderConfig)
-    """The visual decoder."""
     data: DataConfig = field(default_factory=DataConfig)
     """The data."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -413,3 +410,5 @@ class Config:
     """The checkpoints."""
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     """The guards."""
+    visual_decoder: VisualDecoderConfig = field(default_factory=VisualDecoderConfig)
+    """The visual decoder."""

@@ -63,6 +63,12 @@ def validate(config: Config, world_size: int | None) -> int:
     return data_parallel_size
 
 
+def require_language(config: Config, command: str) -> None:
+    """Refuse a configuration that trains something else, for a command that is about Emu2 itself."""
+    if config.training.objective != "language":
+        raise ConfigError(f"training.objective: {config.training.objective}; {command} is about language; legal: that")
+
+
 def validate_files(config: Config) -> None:
     """Refuse shard patterns that match no file and a tokenizer that does not exist, on this machine."""
     for pattern in config.data.shards:
@@ -280,6 +286,7 @@ _POSITIVE = """
     optimizer.visual_decoder_lr visual_decoder.image_size visual_decoder.unet_layers_per_block
     visual_decoder.time_embed_dim visual_decoder.vae_layers_per_block visual_decoder.latent_channels
     visual_decoder.vae_scaling_factor visual_decoder.norm_num_groups visual_decoder.min_picture_size
+    visual_decoder.largest_scale
     guards.max_skips guards.spike_window guards.hang_minutes guards.straggler_z guards.straggler_records
 """.split()
 _NOT_NEGATIVE = """

@@ -34,7 +34,8 @@ def add_to_diffusers_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="what paints: a folder with unet and vae in diffusers' layout, trained on the checkpoint's embeddings",
+        help="what paints: a checkpoint of a visual decoder's run, or a folder with unet and vae in diffusers' layout, "
+        "trained on the checkpoint's embeddings",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="Emu2-Gen's folder, to be made")
     _add_config(parser)
@@ -118,19 +119,17 @@ def run_to_diffusers(options: argparse.Namespace) -> int:
     config = run_config(options.checkpoint, options.config)
     tokenizer = _run_tokenizer(options.checkpoint, options.tokenizer, config, "")
 
-    from emu2_megatron.convert.diffusers_config import decoder_of
+    from emu2_megatron.convert.decoders import open_decoder
     from emu2_megatron.convert.stored import check_model, open_checkpoint
-    from emu2_megatron.convert.to_diffusers import from_diffusers, to_diffusers
+    from emu2_megatron.convert.to_diffusers import to_diffusers
     from emu2_megatron.convert.to_hf import to_hf
     from emu2_megatron.platform.precision import DTYPES as TYPES
 
     check_model(open_checkpoint(options.checkpoint), config.model)  # before a UNet is read and written
-    width = config.model.encoder.hidden_size
-    decoder = decoder_of(options.decoder, width)
+    decoder = open_decoder(options.decoder, config.model.encoder.hidden_size)
     dtype = TYPES[options.dtype] if options.dtype else None
     encoder = partial(to_hf, options.checkpoint, model=config.model, tokenizer=tokenizer, dtype=dtype)
-    networks = from_diffusers(options.decoder, decoder, width)
-    to_diffusers(options.output, config.model, decoder, *networks, encoder, tokenizer, dtype)
+    to_diffusers(options.output, config.model, decoder.config, *decoder.read(), encoder, tokenizer, dtype)
     print(f"wrote {options.output}")
     return 0
 

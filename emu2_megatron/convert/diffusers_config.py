@@ -1,12 +1,11 @@
-"""The visual decoder that a folder in diffusers' layout has: Emu2-Gen's, an export, or SDXL's."""
+"""Which visual decoder a folder in diffusers' layout has: Emu2-Gen's, an export, or SDXL's."""
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
 from emu2_megatron.config.schema import VisualDecoderConfig
-from emu2_megatron.errors import ConfigError, ConversionError
+from emu2_megatron.errors import ConversionError
 
 # Key of config.json to field, for what is only spelled differently.
 _UNET = {
@@ -24,21 +23,15 @@ _VAE = {
 }
 
 
-def decoder_of(folder: Path, width: int) -> VisualDecoderConfig:
-    """The sizes that `unet/config.json` and `vae/config.json` say, and the null condition of `model_index.json`.
+def decoder_of(folder: Path) -> tuple[VisualDecoderConfig, int]:
+    """The sizes that `unet/config.json` and `vae/config.json` say, with the null condition of `model_index.json`, and
+    the width E of the embeddings that the UNet reads.
 
     What else they say is compared by `to_diffusers.open_diffusers`.
 
-    Args:
-        folder: with `unet/` and `vae/`.
-        width: E of the embeddings that it is to read.
-
     Raises:
-        ConfigError: diffusers is not installed.
-        ConversionError: a file is missing, or of another kind of network, or the UNet reads another width.
+        ConversionError: a file is missing, or of another kind of network.
     """
-    if importlib.util.find_spec("diffusers") is None:
-        raise ConfigError("the visual decoder needs diffusers: pip install 'emu2-megatron[diffusion]'")
     unet, vae = (read_json(folder / name / "config.json") for name in ("unet", "vae"))
     index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
     try:
@@ -51,7 +44,7 @@ def decoder_of(folder: Path, width: int) -> VisualDecoderConfig:
             "image_size": unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1),
             "null_condition": index.get("null_condition", "image"),
         }
-        reads = unet["cross_attention_dim"]
+        reads = int(unet["cross_attention_dim"])
     except KeyError as error:
         raise ConversionError(f"{folder} is no visual decoder of SDXL's kind: it has no {error.args[0]}") from error
     except (TypeError, ValueError) as error:
@@ -59,13 +52,8 @@ def decoder_of(folder: Path, width: int) -> VisualDecoderConfig:
     if wrong := [name for name, value in fields.items() if not _fits(value, getattr(VisualDecoderConfig, name))]:
         name = wrong[0]
         raise ConversionError(f"{folder} is no visual decoder of SDXL's kind: its {name} would be {fields[name]!r}")
-    if reads != width:
-        raise ConversionError(
-            f"{folder / 'unet'} reads embeddings of width {reads}, the model's have {width}: give the decoder that was "
-            "trained on them"
-        )
     sizes: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
-    return VisualDecoderConfig(**sizes)
+    return VisualDecoderConfig(**sizes), reads
 
 
 def _fits(value: Any, default: Any) -> bool:

@@ -81,7 +81,7 @@ def to_diffusers(
     with torch.device("meta"):
         networks = {"unet": (build_unet(config, width), unet), "vae": (build_vae(config), vae)}
     for name, (network, tensors) in networks.items():
-        _same_tensors(name, network.state_dict(), tensors)
+        check_tensors(name, network.state_dict(), tensors)
     _, chat = huggingface.open_tokenizer(tokenizer, model, released=False)
     classes = {name: ["diffusers", type(network).__name__] for name, (network, _) in networks.items()}
     scheduler = sampling_scheduler()
@@ -146,7 +146,7 @@ def open_diffusers(folder: Path, config: VisualDecoderConfig, width: int | None 
         plain = folder / name / f"{WEIGHTS}.safetensors"
         found[name] = open_source(plain if plain.is_file() else folder / name, lambda name: name)
         if not free:
-            _same_tensors(str(folder / name), network.state_dict(), found[name].places)
+            check_tensors(str(folder / name), network.state_dict(), found[name].places)
     return found
 
 
@@ -210,7 +210,7 @@ The files `conversion.json` have the SHA-256 of all others.
 """.encode()
 
 
-def _same_tensors(what: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor | Place]) -> None:
+def check_tensors(what: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor | Place]) -> None:
     """Raise ConversionError unless names and shapes are equal."""
     if missing := sorted(wanted.keys() - found.keys()):
         raise ConversionError(f"{what}: {missing[0]} is missing ({len(missing)} of {len(wanted)} tensors)")

@@ -1,5 +1,5 @@
 """Where models for inference come from: a checkpoint of any layout, or a folder of Hugging Face's form; and the visual
-decoder, from a folder of diffusers'."""
+decoder, from a folder of diffusers' or a checkpoint of its run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,9 +13,8 @@ from emu2_megatron.checkpoint.load import check_files
 from emu2_megatron.config.schema import Config, DataConfig, TrainingConfig, VisualDecoderConfig
 from emu2_megatron.convert import from_hf
 from emu2_megatron.convert.command import run_config
-from emu2_megatron.convert.diffusers_config import decoder_of
+from emu2_megatron.convert.decoders import open_decoder
 from emu2_megatron.convert.released import source_of_checkpoint, source_of_folder
-from emu2_megatron.convert.to_diffusers import from_diffusers, open_diffusers
 from emu2_megatron.errors import ConfigError
 from emu2_megatron.inference.model import InferenceModel, for_inference
 from emu2_megatron.model.visual_decoder import build_unet, build_vae
@@ -105,23 +104,22 @@ def find_decoder(folder: Path, width: int, precision: str | None = None) -> Foun
     """Look for a visual decoder, without reading its weights.
 
     Args:
-        folder: Emu2-Gen's, an export, or any other with `unet` and `vae` in diffusers' layout.
+        folder: Emu2-Gen's, an export, any other with `unet` and `vae` in diffusers' layout, or a checkpoint of its run.
         width: E of the embeddings to be painted.
         precision: bf16, fp16 or fp32; None takes each network's own. A VAE that must not be rounded is fp32 all the
             same when it is used.
 
     Raises:
-        ConfigError, ConversionError: there is none, or it reads embeddings of another width.
+        ConfigError, CheckpointError, ConversionError: there is none, or it reads embeddings of another width.
     """
-    config = decoder_of(folder, width)
-    open_diffusers(folder, config, width)
+    decoder = open_decoder(folder, width)
 
     def load() -> "tuple[UNet2DConditionModel, AutoencoderKL]":
         with torch.device("meta"):
-            networks = build_unet(config, width), build_vae(config)
-        for network, tensors in zip(networks, from_diffusers(folder, config, width), strict=True):
+            networks = build_unet(decoder.config, width), build_vae(decoder.config)
+        for network, tensors in zip(networks, decoder.read(), strict=True):
             network.load_state_dict(tensors, assign=True)
             network.to(device(), DTYPES[precision] if precision else None).requires_grad_(False).eval()
         return networks
 
-    return FoundDecoder(config, load)
+    return FoundDecoder(decoder.config, load)

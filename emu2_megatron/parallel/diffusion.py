@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import ChainedOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from emu2_megatron.config import flops
 from emu2_megatron.config.schema import Config
@@ -21,7 +21,7 @@ from emu2_megatron.data.decode import normalize
 from emu2_megatron.data.sequence import Crop, PackedSequence
 from emu2_megatron.model import parameters, visual_decoder
 from emu2_megatron.model.visual_decoder import Sizes
-from emu2_megatron.parallel import loss_scale, topology
+from emu2_megatron.parallel import average, loss_scale, topology
 from emu2_megatron.parallel.step import Clock, StepOutput
 from emu2_megatron.parallel.topology import Topology
 from emu2_megatron.parallel.wrap import Engine, build_encoder, skip_lone_collectives, wrap_whole
@@ -49,7 +49,7 @@ def build(
     vae = visual_decoder.build_vae(config.visual_decoder, seed)
     if fill is not None:
         fill(unet, vae)
-    unet = unet.to(device(), DTYPES[config.training.precision])
+    nn.Module.to(unet, device(), DTYPES[config.training.precision])  # diffusers' own warns of what it does not do
     vae = vae.to(device()).requires_grad_(False).eval()
     if config.training.recompute == "full":
         unet.enable_gradient_checkpointing()
@@ -59,7 +59,10 @@ def build(
     skip_lone_collectives([wrapped])
     shared_scale = loss_scale.share(optimizer, config.training)
     step = DiffusionStep(config, here, encoder, vae, wrapped, optimizer)
-    return Engine(here, {"unet": unet}, [], [], [wrapped], optimizer, step, shared_scale)
+    engine = Engine(here, {"unet": unet, "vae": vae}, [], [], [wrapped], optimizer, step, shared_scale)
+    if config.visual_decoder.ema_decay:
+        average.restart(engine)
+    return engine
 
 
 @dataclass
@@ -173,17 +176,22 @@ class DiffusionStep:
         )
 
     @torch.no_grad()
-    def _encode(self, crops: list[Crop]) -> tuple[Tensor, Tensor, visual_decoder.Draws]:
-        """Embeddings and latents of some pictures, and what is drawn for them."""
+    def embeddings(self, crops: list[Crop]) -> Tensor:
+        """[B, Q, E] of some pictures."""
         seen_B3HW = torch.stack([to_device(crop.seen_3HW) for crop in crops])
         queries = [self.config.model.image_queries] * len(crops)
-        rows_RE = self.encoder(normalize(seen_B3HW, DTYPES[self.config.training.precision]), queries)
-        embeddings_BQE = rows_RE.view(len(crops), -1, rows_RE.shape[-1])
+        rows_RE: Tensor = self.encoder(normalize(seen_B3HW, DTYPES[self.config.training.precision]), queries)
+        return rows_RE.view(len(crops), -1, rows_RE.shape[-1])
+
+    @torch.no_grad()
+    def _encode(self, crops: list[Crop]) -> tuple[Tensor, Tensor, visual_decoder.Draws]:
+        """Embeddings and latents of some pictures, and what is drawn for them."""
         side = self.config.visual_decoder.image_size // visual_decoder.downsampling(self.config.visual_decoder)
         draws = visual_decoder.draw(self.config.visual_decoder, [crop.seed for crop in crops], side, side).to(device())
         painted_B3HW = torch.stack([to_device(crop.painted_3HW) for crop in crops])
         pixels_B3HW = painted_B3HW.float() / 127.5 - 1
-        return embeddings_BQE, visual_decoder.encode_latents(self.vae, pixels_B3HW, draws.posterior_BCHW), draws
+        latents_BCHW = visual_decoder.encode_latents(self.vae, pixels_B3HW, draws.posterior_BCHW)
+        return self.embeddings(crops), latents_BCHW, draws
 
     def _sizes(self, crops: list[Crop]) -> Sizes:
         target = [self.config.visual_decoder.image_size] * 2

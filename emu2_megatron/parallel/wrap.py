@@ -1,9 +1,9 @@
 """Builds what a rank trains: its parts of the decoder, its encoder, gradient buffers, one optimizer over both."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.distributed import (
@@ -15,7 +15,7 @@ from megatron.core.optimizer import ChainedOptimizer, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import nn
+from torch import Tensor, nn
 
 from emu2_megatron.config.schema import Config, OptimizerConfig
 from emu2_megatron.model import fp8, parameters
@@ -34,6 +34,17 @@ PLAIN = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_
 """Gradients are summed after the backward pass, in fp32."""
 PARTS = ("decoder", "projection", "encoder", "visual_decoder")
 """Parts of the model with a learning rate of their own: `optimizer.<part>_lr`."""
+
+
+class Owned(NamedTuple):
+    """A run of elements of a parameter, and what the optimizer has for them, flat."""
+
+    start: int
+    stop: int
+    master: Tensor
+    """fp32; of an fp32 parameter, its own memory."""
+    moments: dict[str, Tensor]
+    """`exp_avg` and `exp_avg_sq`, once there are any."""
 
 
 @dataclass
@@ -56,6 +67,8 @@ class Engine:
     """Forward and backward."""
     loss_scale: SharedLossScale | None
     """fp16's, shared by the optimizers of decoder and encoder."""
+    average: dict[nn.Parameter, Tensor] = field(default_factory=dict)
+    """Of what `owned` has: the moving average, fp32, flat (`parallel/average.py`); empty if there is none."""
 
     @property
     def encoder(self) -> EvaVisionTransformer:
@@ -63,6 +76,17 @@ class Engine:
         encoder = self.whole["visual"]
         assert isinstance(encoder, EvaVisionTransformer)
         return encoder
+
+    def owned(self) -> dict[nn.Parameter, Owned]:
+        """What this rank's optimizer owns of every parameter that is trained."""
+        found = {}
+        for optimizer in self.optimizer.chained_optimizers:
+            for parameter in optimizer.model_param_group_index_map:
+                span = optimizer._get_model_param_range_map(parameter)["param"]
+                tensors = optimizer._get_main_param_and_optimizer_states(parameter)
+                moments = {name: tensors[name].data for name in ("exp_avg", "exp_avg_sq") if name in tensors}
+                found[parameter] = Owned(span.start, span.end, tensors["param"].data, moments)
+        return found
 
     def settle(self) -> None:
         """Wait until every weight is the updated one: with overlap, that is otherwise the next forward pass's business.

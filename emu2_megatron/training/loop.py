@@ -13,7 +13,7 @@ from emu2_megatron.data.loader import Loader, State, merged
 from emu2_megatron.errors import Stopped
 from emu2_megatron.parallel import topology, wrap
 from emu2_megatron.parallel.step import Batch
-from emu2_megatron.training import begin, objective
+from emu2_megatron.training import begin, objective, panels
 from emu2_megatron.training.guards import Guards
 from emu2_megatron.training.launch import checkpoint_directory
 from emu2_megatron.training.meters import Meter, peak
@@ -99,8 +99,12 @@ def _steps(
         last = step == config.training.steps or stop is not None
         if writers:
             writers.advance(step)
+        paints = config.visual_decoder.paint_every
+        scores: dict[str, float] = {}
+        if config.training.objective == "visual_decoder" and (last or (paints and step % paints == 0)):
+            scores = panels.show(config, engine, loader.sources, writers, step, last)
         if meter.steps and (step == 1 or last or step % config.logging.every == 0):
-            record = meter.record(step, report, skipped, guards.skipped)
+            record = meter.record(step, report, skipped, guards.skipped) | scores
             guards.stragglers(meter.z_scores)
             meter = Meter(config, best, engine.step.flops)
             if writers:

@@ -118,9 +118,10 @@ class Meter:
         regressed, pictures, sequences, encoded, padding = (int(n) for n in self._counts[1:])
         tokens = sequences * self.config.data.sequence_length
         achieved = self.flops(sequences, pictures, encoded, regressed) / elapsed / dist.get_world_size()
+        of_text = {"text_loss": losses[0]} if self.config.training.objective == "language" else {}
         return {
             "step": step,
-            "text_loss": losses[0],
+            **of_text,
             "image_loss": losses[1],
             "mean_predictor_image_loss": mean_predictor_loss(shared[1 + world_size :]) if learnt else None,
             "grad_norm": report.grad_norm,

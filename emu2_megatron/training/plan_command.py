@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from emu2_megatron.config import loading
+from emu2_megatron.config import loading, validate
 from emu2_megatron.errors import ConfigError
 from emu2_megatron.parallel import plan
 from emu2_megatron.parallel.estimate_memory import default_images
@@ -42,6 +42,7 @@ def run(
         ConfigError: wrong arguments, or no layout is possible.
     """
     config = loading.load(name_or_file, overrides)
+    validate.require_language(config, "emu2 plan")
     for option, value in (("--gpus", gpus), ("--top", top)):
         if value < 1:
             raise ConfigError(f"{option}: {value}; legal: 1 or more")

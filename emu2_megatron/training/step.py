@@ -15,6 +15,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from emu2_megatron.config.schema import Config
 from emu2_megatron.errors import DataError
+from emu2_megatron.parallel import average
 from emu2_megatron.parallel.step import Batch, StepOutput
 from emu2_megatron.parallel.wrap import Engine
 from emu2_megatron.training.schedules import lr_factor
@@ -117,4 +118,6 @@ def update(engine: Engine) -> tuple[float | None, str]:
         if part.config.clip_grad > 0 and part.get_parameters():
             clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=part.config.clip_grad, total_norm=norm)
     optimizer.step_with_ready_grads()
+    if engine.average:
+        average.update(engine, engine.step.config.visual_decoder.ema_decay)
     return norm, ""

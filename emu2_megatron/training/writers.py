@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -66,6 +67,11 @@ class Writers:
         else:
             print(_line(record), flush=True)
 
+    def pictures(self, step: int, pictures_NHW3: np.ndarray, name: str) -> None:
+        """Log a row of pictures, uint8."""
+        if self.tensorboard is not None:
+            self.tensorboard.add_images(f"pictures/{name}", pictures_NHW3, step, dataformats="NHWC")
+
     def close(self) -> None:
         """Flush and close everything."""
         self.progress.stop()
@@ -95,7 +101,8 @@ class Writers:
             ("updates skipped, overflows", "skipped_updates"),
             ("  for a problem", "skipped_steps"),
         ):
-            table.add_row(label, _short(first[name]), _short(last[name]))
+            if name in first:
+                table.add_row(label, _short(first[name]), _short(last[name]))
         for label, name in (
             ("milliseconds a step", "step_seconds"),
             *((f"  {phase.replace('_', ' ')}", f"{phase}_seconds") for phase in PHASES),
@@ -126,7 +133,7 @@ def _tag(name: str) -> str:
     `batch/padding_share`."""
     if name in ("padding_share", "encoder_balance"):
         return f"batch/{name}"
-    for ending, group in (("_seconds", "seconds"), ("_per_second", "speed"), ("_loss", "loss")):
+    for ending, group in (("_seconds", "seconds"), ("_per_second", "speed"), ("_loss", "loss"), ("_psnr", "psnr")):
         if name.endswith(ending):
             return f"{group}/{name.removesuffix(ending)}"
     return f"lr/{name.removeprefix('lr_')}" if name.startswith("lr_") else f"run/{name}"
@@ -139,10 +146,12 @@ def _short(value: float | None) -> str:
 def _line(record: dict[str, Any]) -> str:
     """One line that a person can follow."""
     text, image, mean = (
-        "skipped" if record[f"{name}_loss"] is None else f"{record[f'{name}_loss']:.4f}"
+        "skipped" if record.get(f"{name}_loss") is None else f"{record[f'{name}_loss']:.4f}"
         for name in ("text", "image", "mean_predictor_image")
     )
-    losses = f"text {text} | image {image} (mean {mean})"
+    reads_text = "text_loss" in record
+    losses = f"text {text} | image {image} (mean {mean})" if reads_text else f"noise {image} (mean {mean})"
+    tokens = f"{record['tokens_per_second']:.0f} tokens/s " if reads_text else ""
     phases = " ".join(f"{phase.replace('_', ' ')} {record[f'{phase}_seconds'] * 1e3:.0f}" for phase in PHASES)
     skipped = f" | skipped {record['skipped_samples']}" if record["skipped_samples"] else ""
     scale = f" scale {record['loss_scale']:g}" if record["loss_scale"] != 1 else ""
@@ -151,6 +160,6 @@ def _line(record: dict[str, Any]) -> str:
     balance = f" | encoder balance {record['encoder_balance']:.0%}" if record["encoder_balance"] < 0.995 else ""
     return (
         f"step {record['step']:>6} | {losses} | norm {_short(record['grad_norm'])}{scale} | "
-        f"{record['tokens_per_second']:.0f} tokens/s {record['images_per_second']:.1f} images/s "
+        f"{tokens}{record['images_per_second']:.1f} images/s "
         f"MFU {record['mfu']:.1%}{padding}{balance}{skipped} | ms: {phases}"
     )

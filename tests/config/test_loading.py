@@ -109,7 +109,11 @@ def test_interpolations(recipe, monkeypatch):
     [
         ("model: {encoder: {image_sze: 1}}", "model.encoder.image_sze", "did you mean model.encoder.image_size?"),
         ("training: {stepz: 1}", "training.stepz", "did you mean training.steps?"),
-        ("training: {stepz: 1}", "training.stepz", "keys of training: steps, global_batch_size, micro_batch_size"),
+        (
+            "training: {stepz: 1}",
+            "training.stepz",
+            "keys of training: objective, steps, global_batch_size, micro_batch_size",
+        ),
         ("steps: 1", "steps", "did you mean training.steps?"),
         ("trainin: {steps: 1}", "trainin", "did you mean training?"),
         ("data: {tensor_parallel_size: 1}", "data.tensor_parallel_size", "mean parallel.tensor_parallel_size?"),
@@ -207,7 +211,7 @@ def test_unknown_preset(recipe, given):
     [
         ("training.steps", "override 'training.steps': no '='; write KEY=VALUE"),
         ("=3", "'': a section, not a value"),
-        ("training=3", "training: a section, not a value; keys of training: steps"),
+        ("training=3", "training: a section, not a value; keys of training: objective, steps"),
         ("trainin.steps=3", "trainin.steps: unknown key (did you mean training.steps?); keys of the configuration"),
         ("training.stepz=3", "training.stepz: unknown key (did you mean training.steps?)"),
         ("data.shards[0]=a", "data.shards[0]: unknown key (did you mean data.shards?)"),
@@ -232,7 +236,13 @@ def test_recipes_load_and_come_back(recipe, name):
 
 
 def test_recipes_are_found_in_the_package():
-    assert loading.recipes() == ["stage2", "tiny_all_kinds", "tiny_interleaved"]
+    assert loading.recipes() == [
+        "stage2",
+        "tiny_all_kinds",
+        "tiny_interleaved",
+        "visual_decoder",
+        "visual_decoder_tiny",
+    ]
     folder = importlib.resources.files("emu2_megatron.config") / "recipes"
     assert [file.name for file in folder.iterdir() if not file.name.endswith(".yaml")] == []
 

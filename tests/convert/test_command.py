@@ -16,7 +16,10 @@ from safetensors.torch import load_file
 from emu2_megatron import cli
 from emu2_megatron.config import loading
 from emu2_megatron.config.presets import VISUAL_DECODERS
+from emu2_megatron.config.schema import Config, TrainingConfig
 from emu2_megatron.convert.command import _bytes
+from emu2_megatron.convert.shards import Check, Output, Shard, Unit, open_folder, write_shards
+from emu2_megatron.convert.stored import FORMAT, finish_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,6 +103,46 @@ def test_to_diffusers(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     weights_file = tmp_path / "gen" / "vae" / "diffusion_pytorch_model.safetensors"
     weights_file.write_bytes(weights_file.read_bytes()[:-1] + b"x")
     assert f"{weights_file} has SHA-256" in refused(tmp_path / "gen")
+
+
+def test_a_decoder_of_a_run(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Found with the sizes and the null condition of its run, checked, and exported with its moving average."""
+    pytest.importorskip("diffusers")
+    decoder = replace(VISUAL_DECODERS["emu2_gen_tiny"], image_size=32, null_condition="zeros")
+    unet, vae = (network.state_dict() for network in sdxl.networks(decoder, 56))
+    stored = {f"unet.{name}": torch.zeros_like(tensor) for name, tensor in unet.items()}
+    stored |= {f"average.unet.{name}": tensor for name, tensor in unet.items()}
+    stored |= {f"vae.{name}": tensor for name, tensor in vae.items()}
+    units = [Unit((Output(name, tuple(t.shape), t.dtype),), lambda _, t=t: [t]) for name, t in stored.items()]
+    shards = [Shard("__0_0.distcp", tuple(units))]
+    folder = open_folder(tmp_path / "run" / "step_00000002", {}, 0)
+    with Check([]) as check:
+        write_shards(folder, shards, FORMAT, "", check)
+    finish_checkpoint(folder, shards, weights.shallow())
+    folder.finish(checkpoint := tmp_path / "run" / "step_00000002")
+    run = Config(model=weights.TINY, visual_decoder=decoder, training=TrainingConfig(objective="visual_decoder"))
+
+    def convert(config: Config, output: str) -> int:
+        (tmp_path / "run" / "config.yaml").write_text(loading.to_yaml(config))
+        made = ["--checkpoint", exported / "checkpoint", "--decoder", checkpoint, "--output", tmp_path / output]
+        return cli.main(["convert", "to-diffusers", *map(str, made)])
+
+    assert convert(run, "gen") == 0
+    for name, wanted in (("unet", unet), ("vae", vae)):
+        found = load_file(tmp_path / "gen" / name / "diffusion_pytorch_model.safetensors")
+        assert found.keys() == wanted.keys() and all(torch.equal(found[key], t) for key, t in wanted.items())
+    assert json.loads((tmp_path / "gen" / "model_index.json").read_text())["null_condition"] == "zeros"
+
+    capsys.readouterr()
+    assert convert(replace(run, training=TrainingConfig()), "other") == 1
+    assert "is of a run that trained the language model" in capsys.readouterr().err
+    wider = replace(weights.TINY, encoder=replace(weights.TINY.encoder, hidden_size=112))
+    assert convert(replace(run, model=wider), "other") == 1
+    assert f"{checkpoint} reads embeddings of width 112, the model's have 56" in capsys.readouterr().err
+    file = checkpoint / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-9] + b"x" + file.read_bytes()[-8:])
+    assert convert(run, "other") == 1
+    assert f"{file}" in capsys.readouterr().err and not list(tmp_path.glob("other*"))
 
 
 def test_sizes() -> None:

@@ -38,7 +38,7 @@ def world_of_one():
 def record_of(*counts: list[int]) -> dict[str, Any]:
     """The record of a step for each of `counts`."""
     config = harness.config()
-    meter = Meter(config, peak=1e9)
+    meter = Meter(config, 1e9, lambda *counts: flops.step_flops(config, *counts).total)
     moments = torch.zeros(2 * config.model.encoder.hidden_size + 1).double()
     for step in counts:
         output = StepOutput(torch.tensor(1.0), torch.tensor(1.0), torch.tensor(step), moments, {})
@@ -73,7 +73,7 @@ def test_balance_and_padding(world_of_one: topology.Topology) -> None:
 
 def test_the_peak_of_a_cpu_is_measured_and_said_to_be(world_of_one: topology.Topology) -> None:
     before = torch.get_rng_state()
-    best, said = peak(harness.config())
+    best, said = peak(harness.config(), "a formula")
     assert torch.equal(torch.get_rng_state(), before), "a resumed run would go on with other random numbers"
     assert 1e8 < best < 1e14  # a slow core to a large server
     assert "measured by a 512 x 512 matrix product" in said and "fp32" in said and "really encoded" in said
@@ -83,7 +83,7 @@ def test_fp8_is_a_share_of_bf16s_peak_and_fp32_of_what_is_no_tf32(
     world_of_one: topology.Topology, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fp8 = replace(harness.config(precision="bf16"), fp8=Fp8Config(recipe="current"))
-    assert "bf16's peak, also for what is multiplied in FP8" in peak(fp8)[1]
+    assert "bf16's peak, also for what is multiplied in FP8" in peak(fp8, "a formula")[1]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     assert gpus.peak_flops("fp32", "cuda") == (67e12, "h100-80g, data sheet without TF32")
     assert gpus.peak_flops("bf16", "cuda") == (989.4e12, "h100-80g, data sheet")

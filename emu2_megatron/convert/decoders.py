@@ -1,0 +1,72 @@
+"""A visual decoder, wherever it lies: a folder in diffusers' layout, or a checkpoint of a run that trained it."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from emu2_megatron.checkpoint import files
+from emu2_megatron.config.schema import VisualDecoderConfig
+from emu2_megatron.convert.command import run_config
+from emu2_megatron.convert.decoder_checkpoint import from_checkpoint
+from emu2_megatron.convert.diffusers_config import decoder_of
+from emu2_megatron.convert.stored import open_checkpoint
+from emu2_megatron.convert.to_diffusers import from_diffusers, open_diffusers
+from emu2_megatron.errors import CheckpointError, ConfigError, ConversionError
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A visual decoder whose weights are not read yet."""
+
+    config: VisualDecoderConfig
+    read: Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]]
+    """Tensors of UNet and VAE by diffusers' names, on the CPU; compares their files with the checksums there are."""
+
+
+def open_decoder(folder: Path, width: int) -> Decoder:
+    """Look for a visual decoder, without reading its weights.
+
+    Args:
+        folder: with `unet/` and `vae/`, such as Emu2-Gen's or an export; or a checkpoint such as step_00008000, whose
+            run's configuration lies beside it.
+        width: E of the embeddings that it is to read.
+
+    Raises:
+        ConfigError: diffusers is not installed, or a checkpoint has no configuration.
+        CheckpointError, ConversionError: there is none, or it reads another width.
+    """
+    if importlib.util.find_spec("diffusers") is None:
+        raise ConfigError("the visual decoder needs diffusers: pip install 'emu2-megatron[diffusion]'")
+    if (folder / ".metadata").is_file():
+        return _of_run(folder, width)
+    config, reads = decoder_of(folder)
+    _check_width(folder / "unet", reads, width)
+    open_diffusers(folder, config, width)
+    return Decoder(config, lambda: from_diffusers(folder, config, width))
+
+
+def _of_run(folder: Path, width: int) -> Decoder:
+    run = run_config(folder, None)
+    if run.training.objective != "visual_decoder":
+        raise ConversionError(f"{folder} is of a run that trained the language model: it has no visual decoder")
+    _check_width(folder, run.model.encoder.hidden_size, width)
+    open_checkpoint(folder)
+
+    def read() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        with files.reading(folder):
+            if wrong := files.verify(folder, files.read_trainer(folder)["files"], 0, 1):
+                raise CheckpointError(wrong[0])
+            return from_checkpoint(folder, run.visual_decoder, width)
+
+    return Decoder(run.visual_decoder, read)
+
+
+def _check_width(what: Path, reads: int, width: int) -> None:
+    if reads != width:
+        raise ConversionError(
+            f"{what} reads embeddings of width {reads}, the model's have {width}: give the decoder that was trained on "
+            "them"
+        )

@@ -1,0 +1,159 @@
+"""Training the visual decoder on any number of ranks is plain autograd on one, and a stopped run goes on to the bit."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from emu2_megatron.checkpoint.load import load
+from emu2_megatron.checkpoint.save import Saver
+from emu2_megatron.checkpoint.state import stored
+from emu2_megatron.config.presets import VISUAL_DECODERS
+from emu2_megatron.config.schema import Config, DataConfig, OptimizerConfig
+from emu2_megatron.convert.decoder_checkpoint import from_checkpoint
+from emu2_megatron.data.decode import CLIP_MEAN, CLIP_STD
+from emu2_megatron.data.sequence import Crop, PackedSequence
+from emu2_megatron.model import parameters, visual_decoder
+from emu2_megatron.model.eva_vit import EvaVisionTransformer
+from emu2_megatron.parallel import average, diffusion, topology
+from emu2_megatron.training.step import train_step
+
+Q = harness.QUERIES
+
+
+def config(**training: Any) -> Config:
+    """A small UNet, on the harness's encoder."""
+    run = harness.config(objective="visual_decoder", **training)
+    decoder = replace(VISUAL_DECODERS["emu2_gen_tiny"], image_size=32, unet_channels=(16, 32), vae_channels=(8, 8),
+                      unet_transformer_layers=(0, 1), unet_attention_heads=(2, 2), condition_drop=0.4)  # fmt: skip
+    optimizer = OptimizerConfig(visual_decoder_lr=1e-3, clip_grad=1.0, warmup_steps=2, weight_decay=0.1)
+    return replace(run, visual_decoder=decoder, data=DataConfig(sequence_length=Q), optimizer=optimizer)
+
+
+def rows(pictures: list[bool], seed: int) -> list[PackedSequence]:
+    """A global batch; a row has a picture or, if it proved bad, none."""
+    draw = np.random.default_rng(seed)
+
+    def crop() -> Crop:
+        seen, painted = (draw.integers(0, 256, (3, size, size), dtype=np.uint8) for size in (56, 32))
+        numbers = draw.integers(0, 500, 4).tolist()
+        return Crop(torch.from_numpy(seen), torch.from_numpy(painted), (numbers[0] + 32, numbers[1] + 32),
+                    (numbers[2], numbers[3]), int(draw.integers(2**32)))  # fmt: skip
+
+    nothing = np.zeros(Q, np.int64)
+    return [PackedSequence(nothing, nothing.astype(np.uint8), crops=[crop()] if there else []) for there in pictures]
+
+
+ALL = [True] * 8
+NONE_ON_THE_SECOND = [True, False, True, True, False, False, False, False]
+"""Of two ranks, the second one has no picture at all."""
+
+
+def engine_of(config: Config) -> tuple[topology.Topology, Any]:
+    here = topology.initialize(config)
+    return here, diffusion.build(config, here, None, None)
+
+
+def worker(_rank: int, config: Config, pictures: list[bool]) -> dict[str, Any]:
+    here, engine = engine_of(config)
+    batch = rows(pictures, 0)
+    prepared = engine.step.prepare([batch[i] for i in here.slots(8)])
+    output = engine.step(prepared, force_all_reduce=True, flags=(here.rank == 0, True))
+    gradients = {n: p.main_grad.clone() for n, p in engine.whole["unet"].named_parameters()}
+    frozen = any(p.requires_grad for part in (engine.step.encoder, engine.step.vae) for p in part.parameters())
+    return {"gradients": gradients, "loss": output.image_loss, "counts": output.counts, "flags": output.flags,
+            "finite": len(output.finite_R), "frozen": not frozen}  # fmt: skip
+
+
+def by_hand(config: Config, pictures: list[bool]) -> tuple[float, dict[str, Tensor]]:
+    """All pictures at once, by torch alone but for the networks and the loss (whose formula is in
+    tests/model/test_visual_decoder.py)."""
+    crops = [crop for row in rows(pictures, 0) for crop in row.crops]
+    encoder = EvaVisionTransformer(config.model.encoder)
+    parameters.fill_encoder(encoder, config.model, parameters.fresh(config.model, 1234, torch.device("cpu")))
+    unet = visual_decoder.build_unet(config.visual_decoder, config.model.encoder.hidden_size, 1234)
+    vae = visual_decoder.build_vae(config.visual_decoder, 1234)
+    mean, std = torch.tensor([CLIP_MEAN, CLIP_STD]).view(2, 1, 3, 1, 1)
+    seen = torch.stack([crop.seen_3HW for crop in crops]).float() / 255
+    painted = torch.stack([crop.painted_3HW for crop in crops]).float() / 255 * 2 - 1
+    draws = visual_decoder.draw(config.visual_decoder, [crop.seed for crop in crops], 16, 16)
+    with torch.no_grad():
+        embeddings = encoder((seen - mean) / std, [Q] * len(crops)).view(len(crops), Q, -1)
+        null = encoder(torch.zeros(1, 3, 56, 56), [Q])
+        latents = visual_decoder.encode_latents(vae, painted, draws.posterior_BCHW)
+    sizes = visual_decoder.Sizes(
+        torch.tensor([crop.original for crop in crops]),
+        torch.tensor([crop.corner for crop in crops]),
+        torch.full((len(crops), 2), 32),
+    )
+    scheduler = visual_decoder.training_scheduler()
+    error, count = visual_decoder.denoising_loss(unet, scheduler, latents, embeddings, null, sizes, draws)
+    (config.training.image_loss_weight * error / count).backward()
+    return float(error.detach() / count), {name: p.grad for name, p in unet.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pictures", [ALL, NONE_ON_THE_SECOND], ids=["all", "none on a rank"])
+def test_ranks_agree_with_plain_autograd(pictures: list[bool]) -> None:
+    """fp32; sums of a few thousand products in another order differ by some 1e-6 of the largest gradient."""
+    loss, gradients = by_hand(config(), pictures)
+    for ranks in (1, 2):
+        results = harness.run(ranks, worker, config(), pictures)
+        for result in results:
+            assert result["frozen"] and result["loss"].item() == pytest.approx(loss, rel=1e-5)
+            assert result["counts"].tolist()[:6] == [0, sum(pictures), sum(pictures), 8, sum(pictures),
+                                                     Q * (8 - sum(pictures))]  # fmt: skip
+            assert result["flags"].tolist() == [1, ranks]
+            assert result["gradients"].keys() == gradients.keys()
+            for name, wanted in gradients.items():
+                torch.testing.assert_close(result["gradients"][name], wanted, rtol=1e-4, atol=2e-6)
+        assert sum(result["finite"] for result in results) == sum(pictures)
+
+
+def trained(_rank: int, config: Config, directory: str, resume: str, steps: int) -> dict[str, Any]:
+    """Train until `steps` updates are done, from nothing or from a checkpoint, and save."""
+    here, engine = engine_of(config)
+    done = int(load(resume, engine)["step"]) if resume else 0
+    losses = []
+    for step in range(done, steps):
+        batch = rows(ALL, step)
+        report = train_step(engine, config, engine.step.prepare([batch[i] for i in here.slots(8)]), step)
+        losses.append(report.image_loss)
+        assert report.grad_norm is not None
+    saver = Saver(config.checkpoint, Path(directory), engine, print)
+    saver.save(steps, {"data": {}})
+    saver.finish()
+    if here.rank == 0:
+        networks = from_checkpoint(Path(directory) / f"step_{steps:08d}", config.visual_decoder, 28)
+    averaged = average.gathered(engine, engine.whole["unet"])
+    if here.rank == 0:
+        assert networks[0].keys() == averaged.keys() and networks[1].keys() == engine.step.vae.state_dict().keys()
+        assert all(networks[0][name].equal(tensor) for name, tensor in averaged.items())
+        assert not all(averaged[name].equal(p) for name, p in engine.whole["unet"].named_parameters())
+        assert all(networks[1][name].equal(tensor) for name, tensor in engine.step.vae.state_dict().items())
+    state = {f"{name}{offset}": box.clone() for name, pieces in stored(engine).items()
+             for offset, box in pieces.boxes.items() if not name.startswith("rng.")}  # fmt: skip
+    return {"losses": losses, "state": state}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_stopped_run_goes_on_to_the_bit(tmp_path: Path, ranks: int) -> None:
+    run = config(precision="bf16")
+    run = replace(run, visual_decoder=replace(run.visual_decoder, ema_decay=0.9))
+    straight = harness.run(ranks, trained, run, str(tmp_path / "straight"), "", 4)
+    first = harness.run(ranks, trained, run, str(tmp_path / "half"), "", 2)
+    second = harness.run(ranks, trained, run, str(tmp_path / "half"), str(tmp_path / "half/step_00000002"), 4)
+    for a, b, c in zip(straight, first, second, strict=True):
+        assert a["losses"] == b["losses"] + c["losses"]
+        assert a["state"].keys() == c["state"].keys() and len(a["state"]) > 100
+        assert all(torch.equal(a["state"][name], c["state"][name]) for name in a["state"])
+        assert not all(torch.equal(a["state"][name], b["state"][name]) for name in a["state"])
+    other = harness.run(3 - ranks, trained, run, str(tmp_path / "other"), str(tmp_path / "half/step_00000002"), 4)
+    # bf16 rounds the gradients of other sums to other neighbours.
+    assert other[0]["losses"] == pytest.approx(straight[0]["losses"][2:], rel=5e-3)
