@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# From words to pictures, in small: a tiny Emu2 learns the captions and embeddings of the photos of examples/data, and what
+# it regresses of each caption is painted by the decoder of examples/visual_decoder_tiny.sh, which has to have run before.
+# About four minutes on two cores; runs/caption_to_picture/painted then has a picture of every caption.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+decoder=runs/visual_decoder_tiny
+run=runs/caption_to_picture
+if ! ls $decoder/checkpoints/step_* > /dev/null 2>&1; then
+	echo "run examples/visual_decoder_tiny.sh first: it makes the decoder" >&2
+	exit 1
+fi
+rm -rf $run
+# The same encoder as the decoder's: that of the same preset and training.seed, frozen.
+emu2 train --config tiny_interleaved data.shards="[$decoder/shards/images-*.tar]" model.image_queries=16 \
+	data.sequence_length=64 data.image_first_probability=0.2 training.steps=400 training.micro_batch_size=16 \
+	parallel.tensor_parallel_size=1 parallel.pipeline_parallel_size=1 parallel.data_parallel_size=1 \
+	logging.directory=$run "$@"
+
+checkpoint=$(ls -d $run/checkpoints/step_* | tail -n 1)
+painter=$(ls -d $decoder/checkpoints/step_* | tail -n 1)
+emu2 convert to-diffusers --checkpoint "$checkpoint" --decoder "$painter" --output $run/gen
+python examples/rank_paintings.py --model $run/gen --photos examples/data --output $run/painted
