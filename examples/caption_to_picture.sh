@@ -14,11 +14,18 @@ fi
 rm -rf $run
 # The same encoder as the decoder's: that of the same preset and training.seed, frozen.
 emu2 train --config tiny_interleaved data.shards="[$decoder/shards/images-*.tar]" model.image_queries=16 \
-	data.sequence_length=64 data.image_first_probability=0.2 training.steps=400 training.micro_batch_size=16 \
+	data.sequence_length=64 training.steps=500 training.micro_batch_size=16 \
 	parallel.tensor_parallel_size=1 parallel.pipeline_parallel_size=1 parallel.data_parallel_size=1 \
 	logging.directory=$run "$@"
 
+python - > $run/prompts.jsonl <<'PYTHON'
+import json
+
+for line in open("examples/data/images/captions.jsonl"):
+    print(json.dumps({"content": [{"text": json.loads(line)["caption"]}]}))
+PYTHON
+
 checkpoint=$(ls -d $run/checkpoints/step_* | tail -n 1)
 painter=$(ls -d $decoder/checkpoints/step_* | tail -n 1)
-emu2 convert to-diffusers --checkpoint "$checkpoint" --decoder "$painter" --output $run/gen
-python examples/rank_paintings.py --model $run/gen --photos examples/data --output $run/painted
+emu2 generate --checkpoint "$checkpoint" --decoder "$painter" --prompts $run/prompts.jsonl --image-out $run/painted
+python examples/rank_paintings.py --config $run/config.yaml --photos examples/data --paintings $run/painted
