@@ -27,5 +27,7 @@ PYTHON
 
 checkpoint=$(ls -d $run/checkpoints/step_* | tail -n 1)
 painter=$(ls -d $decoder/checkpoints/step_* | tail -n 1)
-emu2 generate --checkpoint "$checkpoint" --decoder "$painter" --prompts $run/prompts.jsonl --image-out $run/painted
+# No guidance: what a model of 44 photos makes of no caption is one of the photos, and no place to lead away from.
+emu2 generate --checkpoint "$checkpoint" --decoder "$painter" --prompts $run/prompts.jsonl --image-out $run/painted \
+	--guidance 1
 python examples/rank_paintings.py --config $run/config.yaml --photos examples/data --paintings $run/painted

@@ -1,5 +1,5 @@
-"""Says how often what was painted of a caption is closer to the caption's own photo than to the others, by the embeddings
-of the encoder that the painter was trained on.
+"""Says how often what was painted of a caption is closer to the caption's own photo than to the others, by the
+embeddings of the encoder that the painter was trained on.
 """
 
 import argparse
