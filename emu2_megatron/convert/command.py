@@ -34,8 +34,8 @@ def add_to_diffusers_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="what paints: a checkpoint of a visual decoder's run, or a folder with unet and vae in diffusers' layout, "
-        "trained on the checkpoint's embeddings",
+        help="what paints: a checkpoint of a run that trained a visual decoder on these embeddings, or a folder with "
+        "unet and vae in diffusers' layout",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="Emu2-Gen's folder, to be made")
     _add_config(parser)
@@ -119,17 +119,18 @@ def run_to_diffusers(options: argparse.Namespace) -> int:
     config = run_config(options.checkpoint, options.config)
     tokenizer = _run_tokenizer(options.checkpoint, options.tokenizer, config, "")
 
-    from emu2_megatron.convert.decoders import open_decoder
+    from emu2_megatron.convert.decoders import decoder_at
     from emu2_megatron.convert.stored import check_model, open_checkpoint
     from emu2_megatron.convert.to_diffusers import to_diffusers
     from emu2_megatron.convert.to_hf import to_hf
     from emu2_megatron.platform.precision import DTYPES as TYPES
 
     check_model(open_checkpoint(options.checkpoint), config.model)  # before a UNet is read and written
-    decoder = open_decoder(options.decoder, config.model.encoder.hidden_size)
+    width = config.model.encoder.hidden_size
+    decoder = decoder_at(options.decoder, width)
     dtype = TYPES[options.dtype] if options.dtype else None
     encoder = partial(to_hf, options.checkpoint, model=config.model, tokenizer=tokenizer, dtype=dtype)
-    to_diffusers(options.output, config.model, decoder.config, *decoder.read(), encoder, tokenizer, dtype)
+    to_diffusers(options.output, config.model, decoder.config, *decoder.load(), encoder, tokenizer, dtype)
     print(f"wrote {options.output}")
     return 0
 

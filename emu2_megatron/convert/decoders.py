@@ -22,11 +22,11 @@ class Decoder:
     """A visual decoder whose weights are not read yet."""
 
     config: VisualDecoderConfig
-    read: Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]]
+    load: Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]]
     """Tensors of UNet and VAE by diffusers' names, on the CPU; compares their files with the checksums there are."""
 
 
-def open_decoder(folder: Path, width: int) -> Decoder:
+def decoder_at(folder: Path, width: int) -> Decoder:
     """Look for a visual decoder, without reading its weights.
 
     Args:
@@ -40,7 +40,7 @@ def open_decoder(folder: Path, width: int) -> Decoder:
     """
     if importlib.util.find_spec("diffusers") is None:
         raise ConfigError("the visual decoder needs diffusers: pip install 'emu2-megatron[diffusion]'")
-    if (folder / ".metadata").is_file():
+    if (folder / files.TRAINER).is_file():
         return _of_run(folder, width)
     config, reads = decoder_of(folder)
     _check_width(folder / "unet", reads, width)
@@ -55,13 +55,13 @@ def _of_run(folder: Path, width: int) -> Decoder:
     _check_width(folder, run.model.encoder.hidden_size, width)
     open_checkpoint(folder)
 
-    def read() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def load() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         with files.reading(folder):
             if wrong := files.verify(folder, files.read_trainer(folder)["files"], 0, 1):
                 raise CheckpointError(wrong[0])
             return from_checkpoint(folder, run.visual_decoder, width)
 
-    return Decoder(run.visual_decoder, read)
+    return Decoder(run.visual_decoder, load)
 
 
 def _check_width(what: Path, reads: int, width: int) -> None:

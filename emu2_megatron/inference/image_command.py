@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decoder",
         type=Path,
         metavar="DIR",
-        help="what paints: a folder of Emu2-Gen, any with unet and vae in diffusers' layout, or a checkpoint of a "
-        "visual decoder's run; default: --model",
+        help="what paints: a checkpoint of a visual decoder, a folder of Emu2-Gen, or any with unet and vae in "
+        "diffusers' layout; default: --model",
     )
     picture.add_argument(
         "--embeddings", type=Path, metavar="FILE", help="paint what --image has written, without a language model"

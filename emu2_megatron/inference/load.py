@@ -13,7 +13,7 @@ from emu2_megatron.checkpoint.load import check_files
 from emu2_megatron.config.schema import Config, DataConfig, TrainingConfig, VisualDecoderConfig
 from emu2_megatron.convert import from_hf
 from emu2_megatron.convert.command import run_config
-from emu2_megatron.convert.decoders import open_decoder
+from emu2_megatron.convert.decoders import decoder_at
 from emu2_megatron.convert.released import source_of_checkpoint, source_of_folder
 from emu2_megatron.errors import ConfigError
 from emu2_megatron.inference.model import InferenceModel, for_inference
@@ -104,7 +104,8 @@ def find_decoder(folder: Path, width: int, precision: str | None = None) -> Foun
     """Look for a visual decoder, without reading its weights.
 
     Args:
-        folder: Emu2-Gen's, an export, any other with `unet` and `vae` in diffusers' layout, or a checkpoint of its run.
+        folder: a checkpoint of a run that trained one; or Emu2-Gen's, an export, or any other with `unet` and `vae` in
+            diffusers' layout.
         width: E of the embeddings to be painted.
         precision: bf16, fp16 or fp32; None takes each network's own. A VAE that must not be rounded is fp32 all the
             same when it is used.
@@ -112,12 +113,12 @@ def find_decoder(folder: Path, width: int, precision: str | None = None) -> Foun
     Raises:
         ConfigError, CheckpointError, ConversionError: there is none, or it reads embeddings of another width.
     """
-    decoder = open_decoder(folder, width)
+    decoder = decoder_at(folder, width)
 
     def load() -> "tuple[UNet2DConditionModel, AutoencoderKL]":
         with torch.device("meta"):
             networks = build_unet(decoder.config, width), build_vae(decoder.config)
-        for network, tensors in zip(networks, decoder.read(), strict=True):
+        for network, tensors in zip(networks, decoder.load(), strict=True):
             network.load_state_dict(tensors, assign=True)
             network.to(device(), DTYPES[precision] if precision else None).requires_grad_(False).eval()
         return networks
