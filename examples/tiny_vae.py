@@ -30,7 +30,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(config.training.seed)
     with Loader(config, None, range(config.training.global_batch_size)) as loader:
         for step in track(range(options.steps), "training the VAE"):
-            pixels = torch.stack([crop.painted_3HW for row in next(loader) for crop in row.crops]).float() / 127.5 - 1
+            pixels = torch.cat([crop.painted_T3HW for row in next(loader) for crop in row.crops]).float() / 127.5 - 1
             found = vae.encode(pixels).latent_dist
             decoded = vae.decode(found.sample(generator)).sample
             loss = F.mse_loss(decoded, pixels) + 1e-6 * found.kl().mean()

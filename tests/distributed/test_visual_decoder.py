@@ -85,7 +85,7 @@ def by_hand(config: Config, pictures: list[bool]) -> tuple[float, dict[str, Tens
     with torch.no_grad():
         embeddings = encoder((seen - mean) / std, [Q] * len(crops)).view(len(crops), Q, -1)
         null = encoder(torch.zeros(1, 3, 56, 56), [Q])
-        latents = visual_decoder.encode_latents(vae, painted, draws.posterior_BCHW)
+        latents = visual_decoder.encode_latents(vae, painted, draws.posterior)
     sizes = visual_decoder.Sizes(
         torch.tensor([crop.original for crop in crops]),
         torch.tensor([crop.corner for crop in crops]),

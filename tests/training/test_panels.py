@@ -66,7 +66,7 @@ def test_a_run_paints_and_goes_on(tmp_path: Path) -> None:
 
     done = train()
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
-    assert done.stdout.count("painted pictures are") == 2 and "noise" in done.stdout and "text" not in done.stdout
+    assert done.stdout.count("painted pictures are") == 2 and "denoising" in done.stdout and "text" not in done.stdout
     sheet = Image.open(tmp_path / "run/pictures.png")
     assert sheet.width == 3 * 68 + 4 and sheet.height == 3 * 82 + 4
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
