@@ -32,8 +32,8 @@ class Entry(NamedTuple):
 
 @functools.cache
 def documentation() -> dict[tuple[str, str], str]:
-    """`{(class, field): doc}` for every field of every class in `schema.py`, those of its base included; a field without
-    one is an empty string."""
+    """`{(class, field): doc}` for every field of every class in `schema.py`, those of its base included; a field
+    without one is an empty string."""
     source = importlib.resources.files("emu2_megatron.config").joinpath("schema.py").read_text(encoding="utf-8")
     docs: dict[tuple[str, str], str] = {}
     for node in ast.parse(source).body:

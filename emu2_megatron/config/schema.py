@@ -434,7 +434,7 @@ class Config:
     """The video decoder."""
 
 
-def trained_decoder(config: Config) -> DiffusionConfig:
+def trained_decoder(config: Config) -> VisualDecoderConfig | VideoDecoderConfig:
     """The settings of the decoder that a run trains.
 
     Raises:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from emu2_megatron.config.schema import DiffusionConfig, VideoDecoderConfig
+from emu2_megatron.config.schema import VideoDecoderConfig, VisualDecoderConfig
 from emu2_megatron.convert.places import Scratch
 from emu2_megatron.convert.stored import open_checkpoint
 from emu2_megatron.convert.to_diffusers import check_tensors
@@ -13,9 +13,11 @@ from emu2_megatron.model import video_decoder
 from emu2_megatron.model.visual_decoder import build_unet, build_vae
 
 
-def from_checkpoint(folder: Path, config: DiffusionConfig, width: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors of UNet and VAE by diffusers' names (of the video decoder's temporal parts, ours), from a checkpoint of any ranks. Where the run kept a moving
-    average of the UNet's weights, that is taken.
+def from_checkpoint(
+    folder: Path, config: VisualDecoderConfig | VideoDecoderConfig, width: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors of UNet and VAE by diffusers' names (of a video decoder's temporal parts, by ours), from a checkpoint of
+    any ranks. Where the run kept a moving average of the UNet's weights, that is taken.
 
     Args:
         folder: such as step_00008000.

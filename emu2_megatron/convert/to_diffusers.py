@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emu2_megatron.config.schema import DiffusionConfig, ModelConfig, VideoDecoderConfig, VisualDecoderConfig
+from emu2_megatron.config.schema import ModelConfig, VideoDecoderConfig, VisualDecoderConfig
 from emu2_megatron.convert import huggingface, safetensors
 from emu2_megatron.convert.places import as_bytes, read
 from emu2_megatron.convert.shards import Check, Output, Shard, Unit, group, open_folder, write_shards
@@ -126,7 +126,7 @@ def to_diffusers(
 
 
 def from_diffusers(
-    folder: Path, config: DiffusionConfig, width: int | None = None
+    folder: Path, config: VisualDecoderConfig | VideoDecoderConfig, width: int | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tensors of UNet and VAE by diffusers' names, of a folder such as Emu2-Gen's or SDXL's.
 
@@ -139,8 +139,9 @@ def from_diffusers(
         ConversionError: a file is missing or damaged, or is of another network.
     """
     with torch.device("meta"):
-        unet = build_2d if isinstance(config, VideoDecoderConfig) else build_unet
-        networks: dict[str, Any] = {"unet": unet(config, width or 1), "vae": build_vae(config)}  # type: ignore[operator]
+        reads = width or 1
+        unet = build_2d(config, reads) if isinstance(config, VideoDecoderConfig) else build_unet(config, reads)
+        networks: dict[str, Any] = {"unet": unet, "vae": build_vae(config)}
     found = {}
     for name, network in networks.items():
         free = _WIDTHS if name == "unet" and width is None else ()

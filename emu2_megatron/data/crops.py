@@ -1,10 +1,10 @@
-"""Pictures for the visual decoder and clips for the video decoder: a random square of each, once as the encoder reads it
-and once as it is painted.
+"""Pictures for the visual decoder and clips for the video decoder: a random square of each, once as the encoder reads
+it and once as it is painted.
 
 As Emu2 trains its visual decoder (arXiv 2312.13286, §2.3): pictures that are too small are left out, the rest is scaled
 at random with its aspect ratio kept, and a random square is cut out. The decoder is told the original size and the
-place of the cut, as SDXL is (arXiv 2307.01952, §2.2). Of a video, frames that are evenly spread over it make a clip, all
-cut alike; how the video decoder's clips were made is not published.
+place of the cut, as SDXL is (arXiv 2307.01952, §2.2). Of a video, frames that are evenly spread over it make a clip,
+all cut alike; how the video decoder's clips were made is not published.
 """
 
 from collections.abc import Sequence

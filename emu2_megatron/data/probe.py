@@ -51,10 +51,10 @@ def clip(name: str, data: bytes) -> clips.Clip:
     found = container(data)
     if wanted is None or found != wanted:
         raise _mismatch(name, found or "no video that is known", VIDEO_FORMATS)
-    found = clips.index(data)
-    if found.width * found.height > MAX_PIXELS:
-        raise DataError(f"video is too large: {found.width} x {found.height} pixels, limit {MAX_PIXELS}")
-    return found
+    shown = clips.index(data)
+    if shown.width * shown.height > MAX_PIXELS:
+        raise DataError(f"video is too large: {shown.width} x {shown.height} pixels, limit {MAX_PIXELS}")
+    return shown
 
 
 def picture_structure(data: bytes) -> tuple[int, int]:

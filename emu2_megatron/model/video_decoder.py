@@ -250,7 +250,7 @@ def forward_flops(config: Config) -> int:
         embeddings_BTQE = torch.empty(1, decoder.frames, config.model.frame_queries, width)
         with FlopCounterMode(display=False) as counted:
             network(noisy_BTCHW, torch.empty(1), embeddings_BTQE)
-    return counted.get_total_flops()
+    return int(counted.get_total_flops())
 
 
 @dataclass(frozen=True)

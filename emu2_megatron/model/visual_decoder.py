@@ -187,7 +187,7 @@ def forward_flops(config: Config) -> int:
         noisy = torch.empty(1, decoder.latent_channels, latents, latents)
         with FlopCounterMode(display=False) as counted:
             unet(noisy, torch.empty(1), encoder_hidden_states=hidden, added_cond_kwargs=added)
-    return counted.get_total_flops()
+    return int(counted.get_total_flops())
 
 
 def vae_flops(config: DiffusionConfig) -> int:
@@ -196,7 +196,7 @@ def vae_flops(config: DiffusionConfig) -> int:
         vae = build_vae(config)
         with FlopCounterMode(display=False) as counted:
             vae.encode(torch.empty(1, 3, config.image_size, config.image_size))
-    return counted.get_total_flops()
+    return int(counted.get_total_flops())
 
 
 def time_ids(original_B2: Tensor, crop_B2: Tensor, target_B2: Tensor) -> Tensor:

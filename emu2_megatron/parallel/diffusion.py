@@ -48,23 +48,17 @@ class Kind(NamedTuple):
     forward_flops: Callable[[Config], int]
     """FLOPs of the network for a sample."""
     loss: Callable[..., tuple[Tensor, int]]
-    """(crops, network, scheduler, latents, embeddings, null_QE, draws) to the sum of squared errors, and their
+    """Of (network, scheduler, latents, embeddings, null_QE, *told, draws): the sum of squared errors, and their
     count."""
+    told: Callable[[list[Crop]], tuple[Sizes, ...]]
+    """What the network is told of samples besides."""
 
 
-def _picture_loss(
-    crops: list[Crop], network: nn.Module, scheduler: "DDPMScheduler", *given: Tensor, draws: Draws
-) -> tuple[Tensor, int]:
-    target = [crops[0].painted_T3HW.shape[-1]] * 2
+def _sizes(crops: list[Crop]) -> tuple[Sizes]:
+    """The micro-conditions of pictures."""
+    target = list(crops[0].painted_T3HW.shape[-2:])
     columns = [crop.original for crop in crops], [crop.corner for crop in crops], [target] * len(crops)
-    sizes = Sizes(*(torch.tensor(column, device=device()) for column in columns))
-    return visual_decoder.denoising_loss(network, scheduler, *given, sizes, draws)
-
-
-def _clip_loss(
-    _: list[Crop], network: Any, scheduler: "DDPMScheduler", *given: Tensor, draws: Draws
-) -> tuple[Tensor, int]:
-    return video_loss.denoising_loss(network, scheduler, *given, draws)
+    return (Sizes(*(torch.tensor(column, device=device()) for column in columns)),)
 
 
 KINDS = {
@@ -76,7 +70,8 @@ KINDS = {
         scheduler=lambda _: visual_decoder.training_scheduler(),
         frames=lambda _: (),
         forward_flops=visual_decoder.forward_flops,
-        loss=_picture_loss,
+        loss=visual_decoder.denoising_loss,
+        told=_sizes,
     ),
     "video_decoder": Kind(
         build=lambda config: video_decoder.build(
@@ -86,7 +81,8 @@ KINDS = {
         scheduler=lambda config: video_loss.training_scheduler(config.video_decoder),
         frames=lambda config: (config.video_decoder.frames,),
         forward_flops=video_decoder.forward_flops,
-        loss=_clip_loss,
+        loss=video_loss.denoising_loss,
+        told=lambda _: (),
     ),
 }
 """By training.objective, which is also the name of the decoder's section and the end of its learning rate's."""
@@ -231,7 +227,7 @@ class DiffusionStep:
             clock.add("encode")
             self.entered("decode")
             error, _ = self.kind.loss(
-                crops, self.network, self.scheduler, latents, embeddings, self.null_QE, draws=draws
+                self.network, self.scheduler, latents, embeddings, self.null_QE, *self.kind.told(crops), draws
             )
             loss = error / (total * latents[0].numel())
             self.scale_loss(loss * self.config.training.image_loss_weight).backward()

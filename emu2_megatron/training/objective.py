@@ -30,8 +30,8 @@ def tokenizer(config: Config) -> Tokenizer | None:
 
 
 def state_bytes(config: Config) -> int:
-    """Of a rank that trains a decoder of pictures or clips, without its activations: the weights of all networks, gradients, master
-    weights and moments."""
+    """Of a rank that trains a decoder of pictures or clips, without its activations: the weights of all networks,
+    gradients, master weights and moments."""
     width = DTYPES[config.training.precision].itemsize
     with torch.device("meta"):
         unet = diffusion.KINDS[config.training.objective].build(config)

@@ -20,8 +20,7 @@ from emu2_megatron.config.presets import VIDEO_DECODERS
 from emu2_megatron.config.schema import VideoDecoderConfig
 from emu2_megatron.data import video
 from emu2_megatron.errors import ConfigError, ConversionError
-from emu2_megatron.model import film
-from emu2_megatron.model import video_decoder
+from emu2_megatron.model import film, video_decoder
 from emu2_megatron.model.video_decoder import VideoDecoder
 from emu2_megatron.model.video_loss import denoising_loss, training_scheduler
 from emu2_megatron.model.visual_decoder import draw
