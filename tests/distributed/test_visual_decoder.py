@@ -81,8 +81,8 @@ def worker(_rank: int, config: Config, there: list[bool]) -> dict[str, Any]:
             "finite": len(output.finite_R), "frozen": not frozen, "moments": output.moments}  # fmt: skip
 
 
-def by_hand(config: Config, there: list[bool]) -> tuple[float, dict[str, Tensor], Tensor]:
-    """Loss, gradients and the squared targets' mean, of all samples at once, by torch alone but for the networks and
+def by_hand(config: Config, there: list[bool]) -> tuple[float, dict[str, Tensor], float]:
+    """Loss, gradients and the sum of squared targets, of all samples at once, by torch alone but for the networks and
     the losses (whose formulas are in tests/model/test_visual_decoder.py and test_video_loss.py)."""
     crops = [crop for row in rows(config, there, 0) for crop in row.crops]
     decoder, width, clips = (
@@ -120,7 +120,7 @@ def by_hand(config: Config, there: list[bool]) -> tuple[float, dict[str, Tensor]
     return (
         float(error.detach() / count),
         {n: p.grad for n, p in unet.named_parameters()},
-        targets.double().square().sum(),
+        float(targets.double().square().sum()),
     )
 
 
