@@ -137,8 +137,9 @@ class VisualDecoderConfig(DiffusionConfig):
 
 @dataclass(frozen=True)
 class VideoDecoderConfig(DiffusionConfig):
-    """The video decoder: Stable Diffusion 2.1's UNet made 3D, on the visual embeddings of frames, and its VAE. Of its
-    training nothing is published: what is not as the visual decoder's is chosen here."""
+    """The video decoder: the UNet of Stable Diffusion 2.1 made 3D, on visual embeddings of frames, and its VAE.
+
+    Of its training nothing is published: what is not as the visual decoder's is chosen here."""
 
     preset: str = "emu2_video"
     """emu2_video, or emu2_video_tiny (on the embeddings of emu2_tiny)."""
