@@ -25,6 +25,7 @@ from emu2_megatron.data.shards import RawSample, write_shard
 from emu2_megatron.model import parameters, video_decoder, video_loss, visual_decoder
 from emu2_megatron.model.eva_vit import EvaVisionTransformer
 from emu2_megatron.parallel import average, diffusion, topology
+from emu2_megatron.training import objective as objective_of_run
 from emu2_megatron.training.meters import mean_predictor_loss
 from emu2_megatron.training.step import train_step
 
@@ -192,6 +193,37 @@ def test_a_stopped_run_goes_on_to_the_bit(tmp_path: Path, objective: str, ranks:
     other = harness.run(3 - ranks, trained, run, str(tmp_path / "other"), str(tmp_path / "half/step_00000002"), 4)
     # bf16 rounds the gradients of other sums to other neighbours.
     assert other[0]["losses"] == pytest.approx(straight[0]["losses"][2:], rel=5e-3)
+
+
+def begun(_rank: int, config: Config) -> dict[str, Any]:
+    engine = objective_of_run.build(config, topology.initialize(config))
+    return {name: dict(engine.whole[name].state_dict()) for name in ("unet", "vae")}
+
+
+@pytest.mark.slow
+@OBJECTIVES
+def test_a_run_begins_with_what_stable_diffusion_has(tmp_path: Path, objective: str) -> None:
+    """A folder as diffusers itself writes it, of a UNet that reads captions 10 wide; an option of the released
+    Stable Diffusion 2.1 that only changes rounding is in it."""
+    run, clips = config(objective), objective == "video_decoder"
+    torch.manual_seed(5)
+    unet: Any = (
+        video_decoder.build_2d(run.video_decoder, 10) if clips else visual_decoder.build_unet(run.visual_decoder, 10, 5)
+    )
+    unet.register_to_config(upcast_attention=True)
+    vae = visual_decoder.build_vae(trained_decoder(run), 5)
+    unet.save_pretrained(tmp_path / "unet")
+    vae.save_pretrained(tmp_path / "vae")
+    decoder = replace(trained_decoder(run), **{"sd21" if clips else "sdxl": str(tmp_path)})
+    (result,) = harness.run(1, begun, replace(run, **{objective: decoder}))
+    assert all(result["vae"][name].equal(tensor) for name, tensor in vae.state_dict().items())
+    wanted = unet.state_dict()
+    taken = {name for name in wanted if result["unet"][name].shape == wanted[name].shape}
+    assert all(result["unet"][name].equal(wanted[name]) for name in taken)
+    anew = ("attn2.to_k.weight", "attn2.to_v.weight", "add_embedding.linear_1.weight")
+    assert wanted.keys() - taken == {name for name in wanted if name.endswith(anew)} != set()
+    assert all(".temporal." in name for name in result["unet"].keys() - wanted.keys())
+    assert (len(result["unet"]) > len(wanted)) == clips
 
 
 def learner(_rank: int, config: Config) -> dict[str, Any]:
