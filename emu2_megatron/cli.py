@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.command == "convert":
             from emu2_megatron.convert import command
 
-            return {"to-hf": command.run_to_hf, "from-hf": command.run_from_hf}[options.direction](options)
+            return command.RUN[options.direction](options)
         if options.command == "generate":
             from emu2_megatron.inference import command as generate
 
@@ -240,6 +240,16 @@ def _parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
     )
+    command.add_to_diffusers_arguments(
+        directions.add_parser(
+            "to-diffusers",
+            help="a checkpoint and a visual decoder to a folder that diffusers loads",
+            description="Write Emu2-Gen's folder, with which diffusers paints what text and pictures ask for, of a "
+            "checkpoint of any layout and a visual decoder. Needs no GPU, and memory for UNet and VAE; goes on where "
+            "it was interrupted. docs/conversion.md says what is written.",
+            allow_abbrev=False,
+        )
+    )
     command.add_from_hf_arguments(
         directions.add_parser(
             "from-hf",
@@ -254,10 +264,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_arguments(
         commands.add_parser(
             "generate",
-            help="continue text, pictures and videos with text or with a picture's embeddings",
-            usage="emu2 generate (--checkpoint DIR | --model DIR) (PART ... | --prompts FILE) [options]",
+            help="continue text, pictures and videos with text or with a picture",
+            usage="emu2 generate (--checkpoint DIR | --model DIR) (PART ... | --prompts FILE)\n"
+            "                     [--image-out PNG --decoder DIR] [options]\n"
+            "       emu2 generate --embeddings FILE --image-out PNG --decoder DIR [options]",
             description="Let a model continue a prompt of text, pictures and videos: describe, answer, chat, point at "
-            "things, or regress the visual embeddings of a picture. docs/inference.md has examples.",
+            "things, or paint. docs/inference.md has examples.",
             allow_abbrev=False,
         )
     )

@@ -1,6 +1,11 @@
-"""SDXL-base 1.0's public configuration files, and the same with the sizes of the tiny visual decoder."""
+"""SDXL-base 1.0's public configuration files, the same in the sizes of the tiny visual decoder, and such a decoder."""
 
 from typing import Any
+
+import torch
+
+from emu2_megatron.config.schema import VisualDecoderConfig
+from emu2_megatron.model.visual_decoder import build_unet, build_vae
 
 UNET: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.19.0.dev0", "act_fn": "silu",
@@ -45,3 +50,14 @@ TINY_UNET = UNET | {
     "cross_attention_dim": 40, "projection_class_embeddings_input_dim": 30 + 6 * 16,
 }  # fmt: skip
 """SDXL with the sizes of emu2_gen_tiny; its captions have other widths than emu2_tiny's embeddings."""
+
+
+def networks(config: VisualDecoderConfig, width: int) -> tuple[Any, Any]:
+    """Untrained, but with a UNet that listens to its conditions and a VAE whose pictures are within range."""
+    unet, vae = build_unet(config, width), build_vae(config)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if name.endswith(("attn2.to_out.0.weight", "add_embedding.linear_2.weight")):
+                parameter *= 10
+        vae.decoder.conv_out.weight *= 0.5
+    return unet, vae

@@ -185,8 +185,8 @@ def _write_speed(file: Path, size: int) -> float:
     """Bytes a second of writing and syncing so many."""
     data = bytes(size)
     start = time.perf_counter()
-    with open(file, "wb") as stream:
-        stream.write(data)
+    with open(file, "wb", buffering=0) as stream:
+        files.append(stream, data)
         os.fsync(stream.fileno())
     file.unlink()
     return len(data) / (time.perf_counter() - start)

@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 from emu2_megatron.config.schema import Config
@@ -18,16 +19,27 @@ def add_to_hf_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", type=Path, required=True, metavar="DIR", help="checkpoint, such as step_00000400"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="the Hugging Face folder to be made")
-    parser.add_argument(
-        "--config",
-        metavar="NAME_OR_FILE",
-        help="the run's configuration; default: the config.yaml of the checkpoint's folder, or of its run's",
-    )
-    parser.add_argument(
-        "--tokenizer", type=Path, metavar="FILE", help="SentencePiece file; default: the checkpoint's or the run's"
-    )
+    _add_config(parser)
     parser.add_argument("--no-tokenizer", action="store_true", help="export none")
     _add_common(parser)
+
+
+def add_to_diffusers_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `emu2 convert to-diffusers`."""
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="of the language model, such as step_00000400"
+    )
+    parser.add_argument(
+        "--decoder",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="what paints: a checkpoint of a run that trained a visual decoder on these embeddings, or a folder with "
+        "unet and vae in diffusers' layout",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="Emu2-Gen's folder, to be made")
+    _add_config(parser)
+    parser.add_argument("--dtype", choices=DTYPES, help="round the weights; default: as they are")
 
 
 def add_from_hf_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +60,17 @@ def add_from_hf_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", type=Path, metavar="FILE", help="LLaMA's tokenizer.model; default: that of --input or --decoder"
     )
     _add_common(parser)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config",
+        metavar="NAME_OR_FILE",
+        help="the run's configuration; default: the config.yaml of the checkpoint's folder, or of its run's",
+    )
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="SentencePiece file; default: the checkpoint's or the run's"
+    )
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +95,11 @@ def _bytes(text: str) -> int:
 def run_to_hf(options: argparse.Namespace) -> int:
     """`emu2 convert to-hf`."""
     config = run_config(options.checkpoint, options.config)
-    tokenizer = None if options.no_tokenizer else _run_tokenizer(options.checkpoint, options.tokenizer, config)
+    tokenizer = (
+        None
+        if options.no_tokenizer
+        else _run_tokenizer(options.checkpoint, options.tokenizer, config, ", or --no-tokenizer to export none")
+    )
 
     from emu2_megatron.convert.to_hf import to_hf
     from emu2_megatron.platform.precision import DTYPES as TYPES
@@ -84,6 +111,27 @@ def run_to_hf(options: argparse.Namespace) -> int:
         from emu2_megatron.convert.verify import verify_export
 
         _tell(verify_export(options.output, options.checkpoint, config.model, dtype))
+    return 0
+
+
+def run_to_diffusers(options: argparse.Namespace) -> int:
+    """`emu2 convert to-diffusers`."""
+    config = run_config(options.checkpoint, options.config)
+    tokenizer = _run_tokenizer(options.checkpoint, options.tokenizer, config, "")
+
+    from emu2_megatron.convert.decoders import decoder_at
+    from emu2_megatron.convert.stored import check_model, open_checkpoint
+    from emu2_megatron.convert.to_diffusers import to_diffusers
+    from emu2_megatron.convert.to_hf import to_hf
+    from emu2_megatron.platform.precision import DTYPES as TYPES
+
+    check_model(open_checkpoint(options.checkpoint), config.model)  # before a UNet is read and written
+    width = config.model.encoder.hidden_size
+    decoder = decoder_at(options.decoder, width)
+    dtype = TYPES[options.dtype] if options.dtype else None
+    encoder = partial(to_hf, options.checkpoint, model=config.model, tokenizer=tokenizer, dtype=dtype)
+    to_diffusers(options.output, config.model, decoder.config, *decoder.load(), encoder, tokenizer, dtype)
+    print(f"wrote {options.output}")
     return 0
 
 
@@ -137,13 +185,17 @@ def run_config(checkpoint: Path, given: str | None) -> Config:
     raise ConfigError(f"--config: {checkpoint} has no config.yaml, and neither has its run's folder; give the run's")
 
 
-def _run_tokenizer(checkpoint: Path, given: Path | None, config: Config) -> Path:
+def _run_tokenizer(checkpoint: Path, given: Path | None, config: Config, or_else: str) -> Path:
     candidates = [given] if given else [checkpoint / "tokenizer.model", Path(config.data.tokenizer or "/")]
     for path in candidates:
         if path.is_file():
             return path
     named = f"{given} is not there" if given else "neither the checkpoint nor its configuration has a tokenizer"
-    raise ConversionError(f"{named}: give --tokenizer FILE, or --no-tokenizer to export none")
+    raise ConversionError(f"{named}: give --tokenizer FILE{or_else}")
+
+
+RUN = {"to-hf": run_to_hf, "to-diffusers": run_to_diffusers, "from-hf": run_from_hf}
+"""Every direction of `emu2 convert`."""
 
 
 def main(tool: str, description: str | None, arguments: list[str] | None = None) -> int:
@@ -151,10 +203,9 @@ def main(tool: str, description: str | None, arguments: list[str] | None = None)
     from emu2_megatron.errors import Emu2Error
 
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, run = {"to-hf": (add_to_hf_arguments, run_to_hf), "from-hf": (add_from_hf_arguments, run_from_hf)}[tool]
-    add(parser)
+    {"to-hf": add_to_hf_arguments, "from-hf": add_from_hf_arguments}[tool](parser)
     try:
-        return run(parser.parse_args(arguments))
+        return RUN[tool](parser.parse_args(arguments))
     except Emu2Error as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

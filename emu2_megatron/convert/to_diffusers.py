@@ -30,9 +30,10 @@ from torch import Tensor
 
 from emu2_megatron.config.schema import ModelConfig, VideoDecoderConfig, VisualDecoderConfig
 from emu2_megatron.convert import huggingface, safetensors
-from emu2_megatron.convert.places import as_bytes, read
+from emu2_megatron.convert.diffusers_config import read_json
+from emu2_megatron.convert.places import Place, as_bytes, read
 from emu2_megatron.convert.shards import Check, Output, Shard, Unit, group, open_folder, write_shards
-from emu2_megatron.convert.sources import open_source
+from emu2_megatron.convert.sources import Source, open_source
 from emu2_megatron.convert.to_hf import index, written_as
 from emu2_megatron.errors import ConversionError
 from emu2_megatron.model.video_decoder import build_2d
@@ -125,10 +126,11 @@ def to_diffusers(
     folder.finish(output)
 
 
-def from_diffusers(
+def open_diffusers(
     folder: Path, config: VisualDecoderConfig | VideoDecoderConfig, width: int | None = None
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors of UNet and VAE by diffusers' names, of a folder such as Emu2-Gen's or SDXL's.
+) -> dict[str, Source]:
+    """Where the tensors of `unet` and `vae` are, by diffusers' names, in a folder such as Emu2-Gen's or SDXL's. Reads
+    none of them.
 
     Args:
         folder: with `unet/` and `vae/`. Where both have a plain file and variants, the plain one is taken.
@@ -147,14 +149,25 @@ def from_diffusers(
         free = _WIDTHS if name == "unet" and width is None else ()
         _same_config(folder / name / "config.json", network, free)
         plain = folder / name / f"{WEIGHTS}.safetensors"
-        source = open_source(plain if plain.is_file() else folder / name, lambda name: name)
-        tensors = {
-            key: read(place, torch.empty(place.shape, dtype=place.dtype)) for key, place in source.places.items()
-        }
+        found[name] = open_source(plain if plain.is_file() else folder / name, lambda name: name)
         if not free:
-            check_tensors(str(folder / name), network.state_dict(), tensors)
-        found[name] = tensors
-    return found["unet"], found["vae"]
+            check_tensors(str(folder / name), network.state_dict(), found[name].places)
+    return found
+
+
+def from_diffusers(
+    folder: Path, config: VisualDecoderConfig | VideoDecoderConfig, width: int | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors of UNet and VAE, on the CPU; arguments and errors as of `open_diffusers`. Files that the folder has a
+    SHA-256 of are compared with it."""
+    sources = open_diffusers(folder, config, width)
+    with Check([file for source in sources.values() for file in source.files()]) as check:
+        found = [
+            {name: read(place, torch.empty(place.shape, dtype=place.dtype)) for name, place in source.places.items()}
+            for source in (sources["unet"], sources["vae"])
+        ]
+        check.wait()
+    return found[0], found[1]
 
 
 def model_card(model: ModelConfig, config: VisualDecoderConfig, dtype: torch.dtype) -> bytes:
@@ -202,7 +215,7 @@ The files `conversion.json` have the SHA-256 of all others.
 """.encode()
 
 
-def check_tensors(what: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+def check_tensors(what: str, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor | Place]) -> None:
     """Raise ConversionError unless names and shapes are equal."""
     if missing := sorted(wanted.keys() - found.keys()):
         raise ConversionError(f"{what}: {missing[0]} is missing ({len(missing)} of {len(wanted)} tensors)")
@@ -218,12 +231,7 @@ def check_tensors(what: str, wanted: Mapping[str, Tensor], found: Mapping[str, T
 def _same_config(path: Path, network: Any, free: tuple[str, ...]) -> None:
     """Raise ConversionError unless a `config.json` describes the network, but for the keys `free` and those that change
     no result: the size it was trained at, and precisions."""
-    try:
-        theirs = json.loads(path.read_text())
-    except OSError as error:
-        raise ConversionError(f"{path}: {error.strerror}; give a folder in diffusers' layout") from error
-    except ValueError as error:
-        raise ConversionError(f"{path} is no JSON: copy it again") from error
+    theirs = read_json(path)
     if theirs.get("_class_name") != type(network).__name__:
         raise ConversionError(f"{path} is of a {theirs.get('_class_name')}, wanted: a {type(network).__name__}")
     defaults = {name: p.default for name, p in inspect.signature(type(network).__init__).parameters.items()}

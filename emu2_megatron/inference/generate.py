@@ -9,10 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from emu2_megatron.config.schema import VisualDecoderConfig
+from emu2_megatron.data.tokenizer import Tokenizer
 from emu2_megatron.inference.model import InferenceModel, Prompt
+from emu2_megatron.inference.prompt import encode
 from emu2_megatron.inference.search import Options, search
+from emu2_megatron.model.visual_decoder import null_embeddings
 from emu2_megatron.parallel import topology
 from emu2_megatron.platform.device import device
+from emu2_megatron.platform.precision import DTYPES
 
 EOS = 2
 """`</s>` of every tokenizer of Emu2."""
@@ -78,6 +83,50 @@ def generate_image(model: InferenceModel, prompts: Sequence[Prompt], image_begin
     while len(regressed) < queries:
         regressed.append(model.regress(model.read_embeddings(regressed[-1], cache)))
     return torch.stack(regressed, 1)
+
+
+@torch.inference_mode()
+def conditions(
+    model: InferenceModel,
+    prompts: Sequence[Prompt],
+    again: Sequence[bool],
+    tokenizer: Tokenizer,
+    decoder: VisualDecoderConfig,
+    batch_size: int = 8,
+) -> tuple[Tensor, Tensor]:
+    """What the visual decoder paints for each prompt, and what guidance leads away from: Emu2-Gen's two modes.
+
+    A picture to be painted again (autoencoding) has the encoder's embeddings of it, away from those of no picture. Any
+    other prompt (generation) has what the language model regresses after it, away from what it regresses after
+    `<s>[IMG]`.
+
+    Args:
+        model: of this rank.
+        prompts: without the `[IMG]` of the picture wanted.
+        again: which of them are a picture to be painted again; `prompt.is_picture` says which those are by default.
+        tokenizer: the model's.
+        decoder: says what stands for no picture.
+        batch_size: prompts that the language model continues at once.
+
+    Returns:
+        Two tensors [B, Q, E], on the CPU. Pictures to be painted again have theirs on the first stage only, which rank
+        0 is on.
+    """
+    shape = len(prompts), model.config.model.image_queries, model.config.model.encoder.hidden_size
+    embeddings_BQE, null_BQE = torch.zeros(2, *shape, dtype=DTYPES[model.config.training.precision])
+    again_B = torch.tensor(again, dtype=torch.bool)
+    if not again_B.all():
+        asked = [prompt for prompt, painted in zip(prompts, again, strict=True) if not painted]
+        asked.append(encode([""], tokenizer, model.config.model))
+        batches = [asked[i : i + batch_size] for i in range(0, len(asked), batch_size)]
+        regressed = torch.cat([generate_image(model, batch, tokenizer.image_begin).cpu() for batch in batches])
+        embeddings_BQE[~again_B], null_BQE[~again_B] = regressed[:-1], regressed[-1]
+    if again_B.any() and model.encoder is not None:
+        seen = [prompt for prompt, painted in zip(prompts, again, strict=True) if painted]
+        rows_RE = model.encode([p.pictures[0] for p in seen], [p.queries[0] for p in seen]).cpu()
+        embeddings_BQE[again_B] = rows_RE.view(len(seen), *shape[1:])
+        null_BQE[again_B] = null_embeddings(decoder, model.encoder, shape[1]).cpu()
+    return embeddings_BQE, null_BQE
 
 
 def _from_last_stage(model: InferenceModel, answers: list[list[int]]) -> list[list[int]]:

@@ -1,19 +1,29 @@
-"""Where a model for inference comes from: a checkpoint of any layout, or a folder of Hugging Face's form."""
+"""Where models for inference come from: a checkpoint of any layout, or a folder of Hugging Face's form; and the visual
+decoder, from a folder of diffusers'."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
 
 from emu2_megatron.checkpoint import files
 from emu2_megatron.checkpoint.load import check_files
-from emu2_megatron.config.schema import Config, DataConfig, TrainingConfig
+from emu2_megatron.config.schema import Config, DataConfig, TrainingConfig, VisualDecoderConfig
 from emu2_megatron.convert import from_hf
 from emu2_megatron.convert.command import run_config
+from emu2_megatron.convert.decoders import decoder_at
 from emu2_megatron.convert.released import source_of_checkpoint, source_of_folder
 from emu2_megatron.errors import ConfigError
 from emu2_megatron.inference.model import InferenceModel, for_inference
+from emu2_megatron.model.visual_decoder import build_unet, build_vae
 from emu2_megatron.parallel import topology
+from emu2_megatron.platform.device import device
 from emu2_megatron.platform.precision import DTYPES
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
 
 @dataclass(frozen=True)
@@ -79,3 +89,38 @@ def find(
             return InferenceModel(whole, here, source_of_checkpoint(checkpoint, whole.model))
 
     return Found(whole, load)
+
+
+@dataclass(frozen=True)
+class FoundDecoder:
+    """A visual decoder that lies somewhere, not loaded yet."""
+
+    config: VisualDecoderConfig
+    load: "Callable[[], tuple[UNet2DConditionModel, AutoencoderKL]]"
+    """Both networks, on this rank's device."""
+
+
+def find_decoder(folder: Path, width: int, precision: str | None = None) -> FoundDecoder:
+    """Look for a visual decoder, without reading its weights.
+
+    Args:
+        folder: a checkpoint of a run that trained one; or Emu2-Gen's, an export, or any other with `unet` and `vae` in
+            diffusers' layout.
+        width: E of the embeddings to be painted.
+        precision: bf16, fp16 or fp32; None takes each network's own. A VAE that must not be rounded is fp32 all the
+            same when it is used.
+
+    Raises:
+        ConfigError, ConversionError: there is none, or it reads embeddings of another width.
+    """
+    decoder = decoder_at(folder, width)
+
+    def load() -> "tuple[UNet2DConditionModel, AutoencoderKL]":
+        with torch.device("meta"):
+            networks = build_unet(decoder.config, width), build_vae(decoder.config)
+        for network, tensors in zip(networks, decoder.load(), strict=True):
+            network.load_state_dict(tensors, assign=True)
+            network.to(device(), DTYPES[precision] if precision else None).requires_grad_(False).eval()
+        return networks
+
+    return FoundDecoder(decoder.config, load)

@@ -20,12 +20,13 @@ from emu2_megatron.data.decode import decode, prepare
 from emu2_megatron.data.filetypes import VIDEO_FORMATS
 from emu2_megatron.data.samples import frame_indices
 from emu2_megatron.data.tokenizer import Tokenizer
-from emu2_megatron.data.visuals import EncodedPicture, EncodedVideo
+from emu2_megatron.data.visuals import BoxPicture, Encoded, EncodedPicture, EncodedVideo
 from emu2_megatron.errors import DataError
 from emu2_megatron.inference.model import Prompt
 
-Part: TypeAlias = str | Path | Image.Image | EncodedPicture
-"""Text; a file, by its name a picture or a video; an opened picture; or what a picture's file contains."""
+Part: TypeAlias = str | Path | Image.Image | EncodedPicture | BoxPicture
+"""Text; a file, by its name a picture or a video; an opened picture; what a picture's file contains; or the picture of
+a box."""
 Turn: TypeAlias = tuple[Sequence[Part], str | None]
 """What the user said, and the answer; None is for the model to give."""
 
@@ -71,7 +72,7 @@ def encode(parts: Sequence[Part], tokenizer: Tokenizer, model: ModelConfig, fram
         text = ""
         if isinstance(part, Image.Image):
             show(prepare(part, model.encoder.image_size)[None], tokenizer.image, model.image_queries)
-        elif isinstance(part, EncodedPicture):
+        elif isinstance(part, EncodedPicture | BoxPicture):
             shown = _decoded(part, model.encoder.image_size, f"picture {len(pictures) + 1}")
             show(shown, tokenizer.image, model.image_queries)
         elif is_video(part):
@@ -115,6 +116,12 @@ def is_video(path: Path) -> bool:
     return path.suffix[1:].lower() in VIDEO_FORMATS
 
 
+def is_picture(parts: Sequence[Part]) -> bool:
+    """Whether a prompt is exactly one picture, and no text, not even an empty one."""
+    (first, *others) = parts or [""]
+    return not others and not isinstance(first, str) and not (isinstance(first, Path) and is_video(first))
+
+
 def _read(path: Path, size: int, frames: int) -> torch.Tensor:
     """uint8 [pictures, 3, size, size] of a picture (frames 0) or video."""
     try:
@@ -127,7 +134,7 @@ def _read(path: Path, size: int, frames: int) -> torch.Tensor:
     return _decoded(video or EncodedPicture(data), size, str(path))
 
 
-def _decoded(visual: EncodedPicture | EncodedVideo, size: int, name: str) -> torch.Tensor:
+def _decoded(visual: Encoded, size: int, name: str) -> torch.Tensor:
     (pixels,) = decode([visual], size)
     if isinstance(pixels, DataError):
         raise DataError(f"{name}: {pixels}")
@@ -166,4 +173,15 @@ def _pattern(names: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, names))})")
 
 
-__all__ = ["COMPREHENSIVE", "CONCISE", "Part", "Turn", "chat", "encode", "is_video", "system_message", "to_text"]
+__all__ = [
+    "COMPREHENSIVE",
+    "CONCISE",
+    "Part",
+    "Turn",
+    "chat",
+    "encode",
+    "is_picture",
+    "is_video",
+    "system_message",
+    "to_text",
+]

@@ -1,11 +1,13 @@
 """Prompts as JSON: a line of `emu2 generate --prompts`, or what the page of `emu2 serve` asks.
 
-{"content": [{"image": ...}, {"text": ...}]}, or {"system": ..., "turns": [{"user": ..., "assistant": ...}, ...]}
+{"content": [{"image": ...}, {"text": ...}, {"box": [...]}]}, or
+{"system": ..., "turns": [{"user": ..., "assistant": ...}, ...]}
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+from emu2_megatron.data.visuals import BoxPicture
 from emu2_megatron.errors import ConfigError, DataError
 from emu2_megatron.inference.prompt import Part, Turn, chat
 
@@ -52,17 +54,39 @@ def conversation(turns: Sequence[Turn], is_chat: bool, system: str | None, groun
     return chat(turns, system, grounding)
 
 
+def box(numbers: Any, where: str) -> BoxPicture:
+    """A part of a prompt that says where something belongs.
+
+    Args:
+        numbers: left, top, right and bottom as shares of the picture's width and height.
+        where: they stand, for messages.
+
+    Raises:
+        DataError: they are anything else.
+    """
+    if not isinstance(numbers, list) or len(numbers) != 4 or not all(type(n) in (int, float) for n in numbers):
+        raise DataError(f"{where}: a box is four numbers: left, top, right, bottom, from 0 to 1")
+    x0, y0, x1, y1 = map(float, numbers)
+    if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+        raise DataError(f"{where}: the box {numbers} is none: left < right and top < bottom, all from 0 to 1")
+    return BoxPicture((x0, y0, x1, y1))
+
+
 def _parts(content: Any, where: str, show: Show) -> list[Part]:
-    """Of a text, or a list of texts, pictures and videos."""
+    """Of a text, or a list of texts, pictures, videos and boxes."""
     if isinstance(content, str):
         return [content]
     found: list[Part] = []
     items: list[Any] = content if isinstance(content, list) else [{}]
     for item in items:
-        kinds = [kind for kind in ("text", "image", "video") if isinstance(item, dict) and kind in item]
+        kinds = [kind for kind in ("text", "image", "video", "box") if isinstance(item, dict) and kind in item]
+        if kinds == ["box"]:
+            found.append(box(item["box"], where))
+            continue
         if len(kinds) != 1 or not isinstance(item[kinds[0]], str):
             raise DataError(
-                f'{where}: wanted is text, or a list of {{"text": ...}}, {{"image": ...}} and {{"video": ...}}'
+                f'{where}: wanted is text, or a list of {{"text": ...}}, {{"image": ...}}, {{"video": ...}} and '
+                '{"box": [...]}'
             )
         value = item[kinds[0]]
         found.append(value if kinds[0] == "text" else show(kinds[0], value))

@@ -206,7 +206,7 @@ def _answered(body: bytes, answer: Answer, tokenizer: Tokenizer, model: ModelCon
     options, grounding = _options(record), record.get("grounding", False)
     if not isinstance(grounding, bool):
         raise DataError("`grounding` is true or false")
-    letters = pictures = 0
+    pictures = 0
 
     def show(kind: str, data: str) -> EncodedPicture:
         nonlocal pictures
@@ -221,7 +221,8 @@ def _answered(body: bytes, answer: Answer, tokenizer: Tokenizer, model: ModelCon
     parts = records.parts(record, "the request", show, _is_chat(tokenizer), grounding=grounding)
     letters = sum(len(part) for part in parts if isinstance(part, str))
     room = model.decoder.max_position_embeddings - options.max_new_tokens
-    at_least = pictures * (model.image_queries + 2) + letters // MAX_LETTERS
+    shown = sum(not isinstance(part, str) for part in parts)  # boxes are pictures too
+    at_least = shown * (model.image_queries + 2) + letters // MAX_LETTERS
     if at_least > room:  # before anything is decoded
         raise _too_long(f"more than {at_least}", options, model)
     prompt = encode(parts, tokenizer, model)

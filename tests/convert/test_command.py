@@ -3,15 +3,19 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sdxl
 import torch
 import weights
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from emu2_megatron import cli
 from emu2_megatron.config import loading
+from emu2_megatron.config.presets import VISUAL_DECODERS
 from emu2_megatron.convert.command import _bytes
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +45,12 @@ def test_there_and_back(exported: Path, tmp_path: Path, capsys: pytest.CaptureFi
      "emu2: nowhere is not a complete checkpoint"),
     (["to-hf", "--checkpoint", "nowhere", "--output", "x", "--config", "tiny_interleaved", "--tokenizer", "y"], 1,
      "emu2: y is not there: give --tokenizer FILE, or --no-tokenizer"),
+    (["to-diffusers", "--checkpoint", "nowhere", "--decoder", "y", "--output", "x"], 2,
+     "emu2: --config: nowhere has no config.yaml"),
+    (["to-diffusers", "--checkpoint", "nowhere", "--decoder", "y", "--output", "x", "--config", "tiny_interleaved",
+      "--tokenizer", "z"], 1, "emu2: z is not there: give --tokenizer FILE\n"),
+    (["to-diffusers", "--checkpoint", "nowhere", "--decoder", "y", "--output", "x", "--config", "tiny_interleaved",
+      "--tokenizer", str(weights.TOKENIZER)], 1, "emu2: nowhere is not a complete checkpoint"),
     (["from-hf", "--output", "x"], 2, "emu2: give either --input, or --decoder and --encoder"),
     (["from-hf", "--output", "x", "--decoder", "y"], 2, "emu2: give either --input, or --decoder and --encoder"),
     (["from-hf", "--output", "x", "--decoder", "y", "--encoder", "z"], 2, "emu2: --config: say which model"),
@@ -55,6 +65,41 @@ def test_one_line_says_what_to_do(
     error = capsys.readouterr().err
     assert error.startswith(says) and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_to_diffusers(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All tensors rounded, under the names that diffusers and `to-hf` give them; nothing is made of SDXL's own UNet, or
+    of a folder that its own table of hashes contradicts."""
+    pytest.importorskip("diffusers")
+    unet, vae = sdxl.networks(replace(VISUAL_DECODERS["emu2_gen_tiny"], image_size=32), 56)
+    for name, network in (("unet", unet), ("vae", vae)):
+        network.save_pretrained(tmp_path / "decoder" / name)
+    command = ["convert", "to-diffusers", "--checkpoint", str(exported / "checkpoint"), "--dtype", "bf16", "--decoder"]
+    assert cli.main([*command, str(tmp_path / "decoder"), "--output", str(tmp_path / "gen")]) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'gen'}\n"
+    for name, network in (("unet", unet), ("vae", vae)):
+        found = load_file(tmp_path / "gen" / name / "diffusion_pytorch_model.safetensors")
+        wanted = network.state_dict()
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[key], tensor.bfloat16()) for key, tensor in wanted.items())
+    (encoder,) = (tmp_path / "gen" / "multimodal_encoder").glob("*.safetensors")
+    language = load_file(encoder)
+    for shard in (exported / "hf").glob("*.safetensors"):
+        for key, tensor in load_file(shard).items():
+            assert torch.equal(language.pop(key), tensor if key.endswith("inv_freq") else tensor.bfloat16())
+    assert not language
+
+    def refused(decoder: Path) -> str:
+        assert cli.main([*command, str(decoder), "--output", str(tmp_path / "other")]) == 1
+        assert not list(tmp_path.glob("other*"))
+        return capsys.readouterr().err
+
+    config = tmp_path / "decoder" / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"cross_attention_dim": 40}))
+    assert "unet reads embeddings of width 40, the model's have 56: give the decoder" in refused(tmp_path / "decoder")
+    weights_file = tmp_path / "gen" / "vae" / "diffusion_pytorch_model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-1] + b"x")
+    assert f"{weights_file} has SHA-256" in refused(tmp_path / "gen")
 
 
 def test_sizes() -> None:

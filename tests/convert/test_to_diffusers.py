@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from emu2_megatron.config.presets import VISUAL_DECODERS
+from emu2_megatron.convert.diffusers_config import decoder_of
 from emu2_megatron.convert.shards import check_files
 from emu2_megatron.convert.to_diffusers import from_diffusers, to_diffusers
 from emu2_megatron.convert.to_hf import to_hf
@@ -27,7 +28,7 @@ from emu2_megatron.data.decode import normalize
 from emu2_megatron.errors import ConversionError
 from emu2_megatron.model.paint import paint
 from emu2_megatron.model.sdxl import load_sdxl
-from emu2_megatron.model.visual_decoder import build_unet, build_vae
+from emu2_megatron.model.visual_decoder import build_unet
 
 diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
@@ -41,14 +42,7 @@ State = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def networks() -> tuple[Any, Any]:
-    """Untrained, but with a UNet that listens to its conditions and a VAE whose pictures are within range."""
-    unet, vae = build_unet(CONFIG, WIDTH), build_vae(CONFIG)
-    with torch.no_grad():
-        for name, parameter in unet.named_parameters():
-            if name.endswith(("attn2.to_out.0.weight", "add_embedding.linear_2.weight")):
-                parameter *= 10
-        vae.decoder.conv_out.weight *= 0.5
-    return unet, vae
+    return sdxl.networks(CONFIG, WIDTH)
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +214,18 @@ def test_sdxl_is_read_by_itself(tmp_path: Path, networks: Any) -> None:
     assert torch.equal(ours.conv_in.weight, theirs.conv_in.weight)
     with pytest.raises(ConversionError, match="cross_attention_dim is 40, the visual decoder's configuration makes it"):
         from_diffusers(tmp_path, CONFIG, WIDTH)
+
+
+def test_sizes_are_found_in_a_folder(folder: Path, tmp_path: Path) -> None:
+    """In the released Emu2-Gen's configuration files (SDXL's but for two widths), and in an export."""
+    widths = {"cross_attention_dim": 1792, "projection_class_embeddings_input_dim": 3328}
+    for name, content in (("unet", sdxl.UNET | widths), ("vae", sdxl.VAE)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(content))
+    assert decoder_of(tmp_path, 1792) == VISUAL_DECODERS["emu2_gen"]
+    assert replace(CONFIG, preset="emu2_gen", min_picture_size=512) == decoder_of(folder, WIDTH)
+    with pytest.raises(ConversionError, match="reads embeddings of width 1792, the model's have 56"):
+        decoder_of(tmp_path, WIDTH)
 
 
 def test_an_interrupted_export_goes_on(export: Callable[..., None], networks: Any, tmp_path: Path) -> None:

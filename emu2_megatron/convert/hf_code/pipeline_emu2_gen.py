@@ -89,7 +89,7 @@ class EmuVisualGenerationPipeline(DiffusionPipeline):
         if guidance_scale > 1 and again not in self._negative:
             self._negative[again] = self._null() if again else self._embed([""])
         pictures = self.decode(
-            self._encode(parts[0]) if again else self._embed(parts),
+            self.encode(parts[0]) if again else self._embed(parts),
             self._negative.get(again),
             height,
             width,
@@ -108,8 +108,8 @@ class EmuVisualGenerationPipeline(DiffusionPipeline):
         embeddings: Tensor = self.multimodal_encoder.generate_image([text], self.tokenizer, image=pictures or None)
         return embeddings
 
-    def _encode(self, picture: Any) -> Tensor:
-        """Embeddings [1, Q, E] of a picture."""
+    def encode(self, picture: Any) -> Tensor:
+        """Embeddings [1, Q, E] of a picture, as it is painted again from."""
         encoder = self.multimodal_encoder
         embeddings: Tensor = encoder.encode_image(encoder.prepare_image_input([picture]))
         return embeddings
