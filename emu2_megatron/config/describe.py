@@ -32,12 +32,15 @@ class Entry(NamedTuple):
 
 @functools.cache
 def documentation() -> dict[tuple[str, str], str]:
-    """`{(class, field): doc}` for every field of every class in `schema.py`; a field without one is an empty string."""
+    """`{(class, field): doc}` for every field of every class in `schema.py`, those of its base included; a field
+    without one is an empty string."""
     source = importlib.resources.files("emu2_megatron.config").joinpath("schema.py").read_text(encoding="utf-8")
-    docs = {}
+    docs: dict[tuple[str, str], str] = {}
     for node in ast.parse(source).body:
         if not isinstance(node, ast.ClassDef):
             continue
+        bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+        docs |= {(node.name, field): doc for (owner, field), doc in docs.items() if owner in bases}
         for statement, below in zip(node.body, [*node.body[1:], ast.Pass()], strict=True):
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                 match below:

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from emu2_megatron.config import describe
-from emu2_megatron.config.presets import PRESETS, VISUAL_DECODERS
+from emu2_megatron.config.presets import PRESETS, VIDEO_DECODERS, VISUAL_DECODERS
 from emu2_megatron.config.schema import Config
 from emu2_megatron.errors import ConfigError
 
@@ -50,7 +50,8 @@ def load(name_or_file: str, overrides: Sequence[str] = ()) -> Config:
     settings = [*_read_yaml(name_or_file), *(_parse_override(text) for text in overrides)]
     model = _preset("model.preset", PRESETS, settings)
     visual_decoder = _preset("visual_decoder.preset", VISUAL_DECODERS, settings)
-    config = OmegaConf.structured(Config(model=model, visual_decoder=visual_decoder))
+    video_decoder = _preset("video_decoder.preset", VIDEO_DECODERS, settings)
+    config = OmegaConf.structured(Config(model=model, visual_decoder=visual_decoder, video_decoder=video_decoder))
     for section in describe.sections():  # OmegaConf locks each node that comes from a frozen dataclass
         OmegaConf.set_readonly(OmegaConf.select(config, section) if section else config, False)
     for key, value, source in settings:

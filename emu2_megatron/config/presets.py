@@ -75,13 +75,18 @@ VISUAL_DECODERS: dict[str, VisualDecoderConfig] = {
 
 VIDEO_DECODERS: dict[str, VideoDecoderConfig] = {
     "emu2_video": VideoDecoderConfig(),
-    # Two levels: with those there are a way down, a middle and a way up.
+    # Two levels: with those there are a way down, a middle and a way up. Frames and latents as of emu2_gen_tiny.
     "emu2_video_tiny": VideoDecoderConfig(
         preset="emu2_video_tiny",
+        image_size=64,
         unet_channels=(32, 64),
         unet_attention_heads=(2, 4),
         unet_layers_per_block=1,
+        vae_channels=(16, 32, 32),
+        vae_layers_per_block=1,
         norm_num_groups=8,
+        min_picture_size=64,
+        frames=4,
     ),
 }
 """Named sizes of the video decoder."""

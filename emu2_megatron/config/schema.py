@@ -71,25 +71,21 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class VisualDecoderConfig:
-    """The visual decoder: the UNet of SDXL on visual embeddings of the encoder's width, and the VAE of SDXL."""
+class DiffusionConfig:
+    """What the decoders of pictures and of clips have in common: a UNet on visual embeddings of the encoder's width, in
+    the latents of a VAE."""
 
-    preset: str = "emu2_gen"
-    """emu2_gen, or emu2_gen_tiny (on the embeddings of emu2_tiny)."""
+    preset: str = ""
+    """Named sizes."""
     image_size: int = 1024
     """Height and width of the pictures it is trained on, pixels; a multiple of what VAE and UNet together reduce them
     by."""
     unet_channels: tuple[int, ...] = (320, 640, 1280)
     """Channels of the UNet's levels, from the finest on; each level but the last halves height and width."""
-    unet_transformer_layers: tuple[int, ...] = (0, 2, 10)
-    """Transformer blocks after every residual block of each level; 0 leaves attention out. The last level's is also
-    the middle's, and not 0."""
     unet_attention_heads: tuple[int, ...] = (5, 10, 20)
     """Attention heads of each level; divide its channels."""
     unet_layers_per_block: int = 2
     """Residual blocks of each level on the way down; one more on the way up."""
-    time_embed_dim: int = 256
-    """Width of the sinusoids for each of the six micro-conditions."""
     vae_channels: tuple[int, ...] = (128, 256, 512, 512)
     """Channels of the VAE's levels, from the finest on; each level but the last halves height and width."""
     vae_layers_per_block: int = 2
@@ -115,9 +111,6 @@ class VisualDecoderConfig:
     encoder: str = ""
     """Whose embeddings it learns to read: a checkpoint of stage 1, or a released or exported folder. Empty: an encoder
     with fresh weights, of training.seed."""
-    sdxl: str = ""
-    """Where it begins: a folder of SDXL-base, or of an exported decoder, in diffusers' layout, with `unet` and `vae`.
-    Empty: fresh weights, of training.seed."""
     ema_decay: float = 0.0
     """Keep a moving average of the UNet's weights, with this decay a step; 0 keeps none. It is what is painted with
     and exported."""
@@ -127,34 +120,58 @@ class VisualDecoderConfig:
 
 
 @dataclass(frozen=True)
-class VideoDecoderConfig:
-    """The video decoder: Stable Diffusion 2.1's UNet made 3D, conditioned on the visual embeddings of frames. Their
-    width is the encoder's."""
+class VisualDecoderConfig(DiffusionConfig):
+    """The visual decoder: the UNet of SDXL on visual embeddings of the encoder's width, and the VAE of SDXL."""
+
+    preset: str = "emu2_gen"
+    """emu2_gen, or emu2_gen_tiny (on the embeddings of emu2_tiny)."""
+    unet_transformer_layers: tuple[int, ...] = (0, 2, 10)
+    """Transformer blocks after every residual block of each level; 0 leaves attention out. The last level's is also
+    the middle's, and not 0."""
+    time_embed_dim: int = 256
+    """Width of the sinusoids for each of the six micro-conditions."""
+    sdxl: str = ""
+    """Where it begins: a folder of SDXL-base, or of an exported decoder, in diffusers' layout, with `unet` and `vae`.
+    Empty: fresh weights, of training.seed."""
+
+
+@dataclass(frozen=True)
+class VideoDecoderConfig(DiffusionConfig):
+    """The video decoder: the UNet of Stable Diffusion 2.1 made 3D, on visual embeddings of frames, and its VAE.
+
+    Of its training nothing is published: what is not as the visual decoder's is chosen here."""
 
     preset: str = "emu2_video"
-    """emu2_video or emu2_video_tiny."""
+    """emu2_video, or emu2_video_tiny (on the embeddings of emu2_tiny)."""
+    image_size: int = 768
+    """Height and width of the frames it is trained on, pixels; a multiple of what VAE and UNet together reduce them
+    by."""
     unet_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     """Channels of the UNet's levels, from the finest on; each level but the last has attention, and halves height and
     width."""
     unet_attention_heads: tuple[int, ...] = (5, 10, 20, 20)
     """Attention heads of each level; divide its channels."""
-    unet_layers_per_block: int = 2
-    """Residual blocks of each level on the way down; one more on the way up."""
+    vae_scaling_factor: float = 0.18215
+    """What latents are multiplied by to have about unit variance."""
+    noise_offset: float = 0.1
+    """Standard deviation of what is added to the noise of a whole channel in all frames of a clip."""
+    min_picture_size: int = 512
+    """Videos whose shorter side has fewer pixels are left out."""
+    largest_scale: float = 1.25
+    """Frames are scaled until their shorter side is image_size times a number drawn between 1 and this; then a square
+    is cut out of them. Scale and place are the same for all frames of a clip."""
+    frames: int = 8
+    """Frames T of a clip, evenly spread over the video; videos with fewer are left out. The language model is trained
+    on 8 of a video."""
     temporal_kernel_size: int = 3
     """Frames that a temporal convolution sees; odd."""
-    latent_channels: int = 4
-    """Channels of the latents."""
-    norm_num_groups: int = 32
-    """Groups of every GroupNorm; divide all channels."""
     prediction_type: str = "v_prediction"
     """What the UNet predicts: v_prediction, as the checkpoint named Stable Diffusion 2.1 (768 pixels) was trained to,
     or epsilon (the noise), as its base version (512 pixels) was. The paper does not say which it began from. Weights of
     both have the same names and shapes: with the wrong one a checkpoint loads, and has to learn anew."""
-    condition_drop: float = 0.1
-    """Share of clips that are trained without their embeddings, for classifier-free guidance. Of the video decoder's
-    training nothing is published; this and noise_offset are the visual decoder's."""
-    noise_offset: float = 0.1
-    """Standard deviation of what is added to the noise of a whole channel in all frames of a clip."""
+    sd21: str = ""
+    """Where it begins: a folder of Stable Diffusion 2.1 in diffusers' layout, with `unet`, which is made 3D, and `vae`.
+    Empty: fresh weights, of training.seed."""
 
 
 @dataclass(frozen=True)
@@ -250,6 +267,8 @@ class OptimizerConfig:
     """linear, or log: fast at first (the paper calls the visual decoder's so, and gives no formula)."""
     visual_decoder_lr: float = 1e-4
     """Peak learning rate of the visual decoder."""
+    video_decoder_lr: float = 1e-4
+    """Peak learning rate of the video decoder. Not published: the visual decoder's."""
 
 
 @dataclass(frozen=True)
@@ -257,8 +276,8 @@ class TrainingConfig:
     """The batch, the objective and the length of the run."""
 
     objective: str = "language"
-    """What is trained: language (Emu2 itself: the next token or visual embedding) or visual_decoder (from a picture's
-    embeddings back to the picture)."""
+    """What is trained: language (Emu2 itself: the next token or visual embedding), visual_decoder (from a picture's
+    embeddings back to the picture) or video_decoder (from those of a clip's frames back to the clip)."""
     steps: int = 20350
     """Optimizer steps."""
     global_batch_size: int = 2048
@@ -412,3 +431,27 @@ class Config:
     """The guards."""
     visual_decoder: VisualDecoderConfig = field(default_factory=VisualDecoderConfig)
     """The visual decoder."""
+    video_decoder: VideoDecoderConfig = field(default_factory=VideoDecoderConfig)
+    """The video decoder."""
+
+
+def trained_decoder(config: Config) -> VisualDecoderConfig | VideoDecoderConfig:
+    """The settings of the decoder that a run trains.
+
+    Raises:
+        ValueError: it trains the language model.
+    """
+    match config.training.objective:
+        case "visual_decoder":
+            return config.visual_decoder
+        case "video_decoder":
+            return config.video_decoder
+        case other:
+            raise ValueError(f"training.objective {other} trains no decoder of pictures")
+
+
+def queries_of(config: Config) -> list[int]:
+    """Visual embeddings of each picture of a sample that a decoder is trained on: a picture, or a clip's frames."""
+    if config.training.objective == "video_decoder":
+        return [config.model.frame_queries] * config.video_decoder.frames
+    return [config.model.image_queries]

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 from emu2_megatron.config.describe import yaml_value
 from emu2_megatron.config.layout import part_layers
-from emu2_megatron.config.schema import Config
+from emu2_megatron.config.schema import Config, queries_of
 from emu2_megatron.errors import ConfigError
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 LR_SCHEDULES = ("cosine", "linear", "constant")
-OBJECTIVES = ("language", "visual_decoder")
+OBJECTIVES = ("language", "visual_decoder", "video_decoder")
 WARMUP_SHAPES = ("linear", "log")
 RECOMPUTE = ("none", "attention", "full", "block")
 FP8_RECIPES = ("none", "delayed", "current", "block", "mxfp8")
@@ -120,6 +120,14 @@ def _decay(key: str) -> Rule:
 
 def _one_of(key: str, choices: tuple[str, ...]) -> Rule:
     return Rule(key, lambda config: _value(config, key) in choices, lambda _: f"legal: {', '.join(choices)}")
+
+
+def _scale(key: str) -> Rule:
+    return Rule(
+        key,
+        lambda config: _value(config, key) >= 1,
+        lambda _: "legal: 1, which leaves out the random scale, or more",
+    )
 
 
 def _each_positive(key: str) -> Rule:
@@ -265,6 +273,10 @@ def _of_language_alone(key: str, otherwise: Any) -> Rule:
     )
 
 
+_ROWS = {
+    "visual_decoder": "picture a row, legal: model.image_queries",
+    "video_decoder": "clip a row, legal: video_decoder.frames x model.frame_queries =",
+}
 _BF16_LAYERS = ("fp8.first_layers_bf16", "fp8.last_layers_bf16")
 _GIVE_TOKENIZER = "give the path of a SentencePiece tokenizer.model"
 _MAKE_SHARDS = "give tar shards; `emu2 shards --input FOLDER --output FOLDER` makes them"
@@ -287,6 +299,10 @@ _POSITIVE = """
     visual_decoder.time_embed_dim visual_decoder.vae_layers_per_block visual_decoder.latent_channels
     visual_decoder.vae_scaling_factor visual_decoder.norm_num_groups visual_decoder.min_picture_size
     visual_decoder.largest_scale
+    optimizer.video_decoder_lr video_decoder.image_size video_decoder.unet_layers_per_block
+    video_decoder.vae_layers_per_block video_decoder.latent_channels video_decoder.vae_scaling_factor
+    video_decoder.norm_num_groups video_decoder.min_picture_size video_decoder.largest_scale video_decoder.frames
+    video_decoder.temporal_kernel_size
     guards.max_skips guards.spike_window guards.hang_minutes guards.straggler_z guards.straggler_records
 """.split()
 _NOT_NEGATIVE = """
@@ -295,6 +311,7 @@ _NOT_NEGATIVE = """
     checkpoint.every checkpoint.keep_last checkpoint.keep_every
     fp8.first_layers_bf16 fp8.last_layers_bf16 fp8.margin
     guards.spike_factor visual_decoder.noise_offset visual_decoder.paint_every
+    video_decoder.noise_offset video_decoder.paint_every
 """.split()
 
 RULES: list[Rule] = [
@@ -308,9 +325,13 @@ RULES: list[Rule] = [
             "data.max_bad_share",
             "optimizer.min_lr_ratio",
             "visual_decoder.condition_drop",
+            "video_decoder.condition_drop",
         ),
     ),
-    *map(_decay, ("optimizer.adam_beta1", "optimizer.adam_beta2", "visual_decoder.ema_decay")),
+    *map(
+        _decay,
+        ("optimizer.adam_beta1", "optimizer.adam_beta2", "visual_decoder.ema_decay", "video_decoder.ema_decay"),
+    ),
     *map(_each_positive, ("data.weights", "data.samples_per_step", "data.video_frames")),
     Rule("data.video_frames", lambda config: bool(config.data.video_frames), lambda _: "legal: at least one number"),
     Rule(
@@ -441,7 +462,10 @@ RULES: list[Rule] = [
     Rule("training.recompute_layers", _recompute_fits, _legal_recompute),
     Rule(
         "data.sequence_length",
-        lambda config: config.data.sequence_length <= config.model.decoder.max_position_embeddings,
+        lambda config: (
+            config.training.objective != "language"
+            or config.data.sequence_length <= config.model.decoder.max_position_embeddings
+        ),
         lambda config: (
             f"legal: up to model.decoder.max_position_embeddings {config.model.decoder.max_position_embeddings}"
         ),
@@ -533,19 +557,20 @@ RULES: list[Rule] = [
         lambda config: config.training.objective != "language" or config.data.tokenizer != "",
         lambda _: _GIVE_TOKENIZER,
     ),
+    *map(_scale, ("visual_decoder.largest_scale", "video_decoder.largest_scale")),
     Rule(
-        "visual_decoder.largest_scale",
-        lambda config: config.visual_decoder.largest_scale >= 1,
-        lambda _: "legal: 1, which leaves out the random scale, or more",
+        "video_decoder.frames",
+        lambda config: config.video_decoder.frames > 1,
+        lambda _: "a clip of one frame is a picture; legal: 2 or more, or training.objective=visual_decoder",
     ),
     Rule(
         "data.sequence_length",
         lambda config: (
-            config.training.objective == "language" or config.data.sequence_length == config.model.image_queries
+            config.training.objective == "language" or config.data.sequence_length == sum(queries_of(config))
         ),
         lambda config: (
-            f"training.objective {config.training.objective} takes a picture a row, legal: model.image_queries "
-            f"{config.model.image_queries}"
+            f"training.objective {config.training.objective} takes a {_ROWS[config.training.objective]} "
+            f"{sum(queries_of(config))}"
         ),
     ),
     *starmap(

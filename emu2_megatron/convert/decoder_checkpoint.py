@@ -1,22 +1,23 @@
-"""UNet and VAE out of a checkpoint of a run that trains the visual decoder."""
+"""UNet and VAE out of a checkpoint of a run that trains a decoder of pictures or clips."""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from emu2_megatron.config.schema import VisualDecoderConfig
+from emu2_megatron.config.schema import VideoDecoderConfig, VisualDecoderConfig
 from emu2_megatron.convert.places import Scratch
 from emu2_megatron.convert.stored import open_checkpoint
 from emu2_megatron.convert.to_diffusers import check_tensors
+from emu2_megatron.model import video_decoder
 from emu2_megatron.model.visual_decoder import build_unet, build_vae
 
 
 def from_checkpoint(
-    folder: Path, config: VisualDecoderConfig, width: int
+    folder: Path, config: VisualDecoderConfig | VideoDecoderConfig, width: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors of UNet and VAE by diffusers' names, from a checkpoint of any ranks. Where the run kept a moving
-    average of the UNet's weights, that is taken.
+    """Tensors of UNet and VAE by diffusers' names (of a video decoder's temporal parts, by ours), from a checkpoint of
+    any ranks. Where the run kept a moving average of the UNet's weights, that is taken.
 
     Args:
         folder: such as step_00008000.
@@ -28,7 +29,12 @@ def from_checkpoint(
     """
     stored = open_checkpoint(folder)
     with torch.device("meta"):
-        wanted = {"unet": build_unet(config, width).state_dict(), "vae": build_vae(config).state_dict()}
+        unet = (
+            video_decoder.build(config, width).unet
+            if isinstance(config, VideoDecoderConfig)
+            else build_unet(config, width)
+        )
+        wanted = {"unet": unet.state_dict(), "vae": build_vae(config).state_dict()}
     prefixes = {"unet": "average.unet." if any(n.startswith("average.unet.") for n in stored.shapes) else "unet.",
                 "vae": "vae."}  # fmt: skip
     found = {}

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emu2_megatron.config.schema import ModelConfig, VisualDecoderConfig
+from emu2_megatron.config.schema import ModelConfig, VideoDecoderConfig, VisualDecoderConfig
 from emu2_megatron.convert import huggingface, safetensors
 from emu2_megatron.convert.diffusers_config import read_json
 from emu2_megatron.convert.places import Place, as_bytes, read
@@ -36,6 +36,7 @@ from emu2_megatron.convert.shards import Check, Output, Shard, Unit, group, open
 from emu2_megatron.convert.sources import Source, open_source
 from emu2_megatron.convert.to_hf import index, written_as
 from emu2_megatron.errors import ConversionError
+from emu2_megatron.model.video_decoder import build_2d
 from emu2_megatron.model.visual_decoder import build_unet, build_vae, sampling_scheduler
 
 PIPELINE = "pipeline_emu2_gen"
@@ -125,20 +126,24 @@ def to_diffusers(
     folder.finish(output)
 
 
-def open_diffusers(folder: Path, config: VisualDecoderConfig, width: int | None = None) -> dict[str, Source]:
+def open_diffusers(
+    folder: Path, config: VisualDecoderConfig | VideoDecoderConfig, width: int | None = None
+) -> dict[str, Source]:
     """Where the tensors of `unet` and `vae` are, by diffusers' names, in a folder such as Emu2-Gen's or SDXL's. Reads
     none of them.
 
     Args:
         folder: with `unet/` and `vae/`. Where both have a plain file and variants, the plain one is taken.
-        config: the sizes they must have.
+        config: the sizes they must have; of the video decoder, those of the 2D UNet that it begins from.
         width: E that the UNet must have been made for; None takes any, for SDXL (`model/sdxl.py`).
 
     Raises:
         ConversionError: a file is missing or damaged, or is of another network.
     """
     with torch.device("meta"):
-        networks = {"unet": build_unet(config, width or 1), "vae": build_vae(config)}
+        reads = width or 1
+        unet = build_2d(config, reads) if isinstance(config, VideoDecoderConfig) else build_unet(config, reads)
+        networks: dict[str, Any] = {"unet": unet, "vae": build_vae(config)}
     found = {}
     for name, network in networks.items():
         free = _WIDTHS if name == "unet" and width is None else ()
@@ -151,7 +156,7 @@ def open_diffusers(folder: Path, config: VisualDecoderConfig, width: int | None 
 
 
 def from_diffusers(
-    folder: Path, config: VisualDecoderConfig, width: int | None = None
+    folder: Path, config: VisualDecoderConfig | VideoDecoderConfig, width: int | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Tensors of UNet and VAE, on the CPU; arguments and errors as of `open_diffusers`. Files that the folder has a
     SHA-256 of are compared with it."""
@@ -225,14 +230,14 @@ def check_tensors(what: str, wanted: Mapping[str, Tensor], found: Mapping[str, T
 
 def _same_config(path: Path, network: Any, free: tuple[str, ...]) -> None:
     """Raise ConversionError unless a `config.json` describes the network, but for the keys `free` and those that change
-    no result: the size it was trained at, and the VAE's precision."""
+    no result: the size it was trained at, and precisions."""
     theirs = read_json(path)
     if theirs.get("_class_name") != type(network).__name__:
         raise ConversionError(f"{path} is of a {theirs.get('_class_name')}, wanted: a {type(network).__name__}")
     defaults = {name: p.default for name, p in inspect.signature(type(network).__init__).parameters.items()}
     for key, ours in json.loads(network.to_json_string()).items():
         value = theirs.get(key, json.loads(json.dumps(defaults.get(key))))
-        if key.startswith("_") or key in (*free, "sample_size", "force_upcast"):
+        if key.startswith("_") or key in (*free, "sample_size", "force_upcast", "upcast_attention"):
             continue
         if (value or None) != (ours or None):  # SDXL has null where diffusers has false by now
             raise ConversionError(f"{path}: {key} is {value}, the visual decoder's configuration makes it {ours}")

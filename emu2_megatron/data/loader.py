@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from emu2_megatron.config.schema import Config
-from emu2_megatron.data.crops import decode_crops, picture_sample
+from emu2_megatron.data.crops import crop_sample, decode_crops
 from emu2_megatron.data.decode import decode
 from emu2_megatron.data.order import sample_at, shares, source_at, sources_of_step
 from emu2_megatron.data.packing import Cost, assemble, choose, cost, total
@@ -65,8 +65,8 @@ class Loader:
         sources: Sequence[ShardIndex] | None = None,
         quarantine: Path | None = None,
     ) -> None:
-        """`tokenizer` is None for the visual decoder, which reads no text; `sources` saves opening config.data.shards
-        again; `quarantine` is a file that bad samples are listed in."""
+        """`tokenizer` is None for the decoders of pictures and clips, which read no text; `sources` saves opening
+        config.data.shards again; `quarantine` is a file that bad samples are listed in."""
         if tokenizer is not None and tokenizer.vocab_size != config.model.decoder.vocab_size:
             raise ConfigError(
                 f"data.tokenizer has {tokenizer.vocab_size} tokens, added ones included, "
@@ -86,7 +86,7 @@ class Loader:
             self._build = lambda raw, epoch, index: build_sample(raw, tokenizer, config, epoch, index)
             self._decode = lambda visuals: decode(visuals, config.model.encoder.image_size)
         else:
-            self._build = lambda raw, epoch, index: picture_sample(raw, config, epoch, index)
+            self._build = lambda raw, epoch, index: crop_sample(raw, config, epoch, index)
             self._decode = lambda visuals: decode_crops(visuals, config)
         self._shares = shares(config.data)
         # Numbers go on from source to source: samples of different sources must not draw alike.

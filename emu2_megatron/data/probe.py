@@ -36,7 +36,12 @@ def picture(name: str, data: bytes) -> tuple[int, int]:
 
 
 def video(name: str, data: bytes) -> int:
-    """How many frames of a video file are shown, at least 1, from its packets; no frame is decoded.
+    """How many frames of a video file are shown, at least 1; as `clip`."""
+    return len(clip(name, data).times)
+
+
+def clip(name: str, data: bytes) -> clips.Clip:
+    """What a video file shows, from its packets; no frame is decoded.
 
     Raises DataError ("reason: detail") if the file is empty, not what its extension says, cut off, larger than
     MAX_PIXELS a frame, or the container cannot be read or has no video in it.
@@ -46,10 +51,10 @@ def video(name: str, data: bytes) -> int:
     found = container(data)
     if wanted is None or found != wanted:
         raise _mismatch(name, found or "no video that is known", VIDEO_FORMATS)
-    clip = clips.index(data)
-    if clip.width * clip.height > MAX_PIXELS:
-        raise DataError(f"video is too large: {clip.width} x {clip.height} pixels, limit {MAX_PIXELS}")
-    return len(clip.times)
+    shown = clips.index(data)
+    if shown.width * shown.height > MAX_PIXELS:
+        raise DataError(f"video is too large: {shown.width} x {shown.height} pixels, limit {MAX_PIXELS}")
+    return shown
 
 
 def picture_structure(data: bytes) -> tuple[int, int]:

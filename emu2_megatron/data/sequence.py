@@ -32,14 +32,15 @@ class Features:
 
 @dataclass(frozen=True)
 class Crop:
-    """A square of a picture, for the visual decoder."""
+    """A square of a picture, for the visual decoder; or the same square of T frames, for the video decoder. A picture
+    is T = 1."""
 
-    seen_3HW: torch.Tensor
+    seen_T3HW: torch.Tensor
     """uint8, at the encoder's image size."""
-    painted_3HW: torch.Tensor
-    """uint8, at visual_decoder.image_size."""
+    painted_T3HW: torch.Tensor
+    """uint8, at the decoder's image_size."""
     original: tuple[int, int]
-    """Height and width of the picture it is from, pixels."""
+    """Height and width of the picture or video it is from, pixels."""
     corner: tuple[int, int]
     """Top and left of the square in the scaled picture, pixels."""
     seed: int
@@ -73,4 +74,4 @@ class PackedSequence:
     shards: list[str] = field(default_factory=list)
     """The shard that each of these samples is from."""
     crops: list[Crop] = field(default_factory=list)
-    """For the visual decoder, instead of `pictures`."""
+    """For the decoders of pictures and of clips, instead of `pictures`: one."""

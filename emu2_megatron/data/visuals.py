@@ -32,9 +32,11 @@ class BoxPicture:
 
 @dataclass(frozen=True)
 class EncodedCrop:
-    """A picture file, and which square of it is wanted."""
+    """A picture or video file, and which square of it is wanted."""
 
     data: bytes
+    frames: tuple[int, ...]
+    """Of a video: which are wanted, as in `EncodedVideo`. Empty for a picture."""
     original: tuple[int, int]
     """Height and width of the picture, pixels."""
     scaled: tuple[int, int]

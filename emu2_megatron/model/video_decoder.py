@@ -32,9 +32,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from emu2_megatron.config.schema import VideoDecoderConfig
+from emu2_megatron.config.schema import Config, VideoDecoderConfig
 from emu2_megatron.errors import ConfigError, ConversionError
+from emu2_megatron.model.visual_decoder import check_pictures, downsampling
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -191,12 +193,17 @@ def build(config: VideoDecoderConfig, width: int, seed: int = 0) -> VideoDecoder
     Raises:
         ConfigError: sizes that do not go together.
     """
-    from diffusers import UNet2DConditionModel
-
     _validate(config)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return inflate(UNet2DConditionModel(**unet_config(config, width)), config.temporal_kernel_size)
+        return inflate(build_2d(config, width), config.temporal_kernel_size)
+
+
+def build_2d(config: VideoDecoderConfig, width: int) -> "UNet2DConditionModel":
+    """The 2D UNet that `build` makes 3D."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(**unet_config(config, width))
 
 
 def _validate(config: VideoDecoderConfig) -> None:
@@ -213,6 +220,7 @@ def _validate(config: VideoDecoderConfig) -> None:
             )
     if config.temporal_kernel_size % 2 == 0:
         raise ConfigError(f"video_decoder.temporal_kernel_size: {config.temporal_kernel_size} is not odd")
+    check_pictures(config)
 
 
 def unet_config(config: VideoDecoderConfig, width: int) -> dict[str, Any]:
@@ -230,6 +238,19 @@ def unet_config(config: VideoDecoderConfig, width: int) -> dict[str, Any]:
         "cross_attention_dim": width,
         "use_linear_projection": True,
     }
+
+
+def forward_flops(config: Config) -> int:
+    """FLOPs of the UNet for one clip, counted as `visual_decoder.forward_flops` does."""
+    decoder, width = config.video_decoder, config.model.encoder.hidden_size
+    size = decoder.image_size // downsampling(decoder)
+    with torch.device("meta"), torch.no_grad():
+        network = build(decoder, width)
+        noisy_BTCHW = torch.empty(1, decoder.frames, decoder.latent_channels, size, size)
+        embeddings_BTQE = torch.empty(1, decoder.frames, config.model.frame_queries, width)
+        with FlopCounterMode(display=False) as counted:
+            network(noisy_BTCHW, torch.empty(1), embeddings_BTQE)
+    return int(counted.get_total_flops())
 
 
 @dataclass(frozen=True)
@@ -261,6 +282,11 @@ def from_2d(
             that reads another width.
     """
     decoder = build(config, width, seed)
+    return decoder, load_2d(decoder, weights)
+
+
+def load_2d(decoder: VideoDecoder, weights: Mapping[str, Tensor]) -> Origins:
+    """Fill a decoder with the weights of a 2D UNet; what is new or of another width stays as it is. As `from_2d`."""
     ours = decoder.unet.state_dict()
     new = tuple(name for name in ours if ".temporal." in name)
     wanted = [name for name in ours if ".temporal." not in name]
@@ -275,7 +301,7 @@ def from_2d(
     )
     taken = tuple(name for name in wanted if name not in differ)
     decoder.unet.load_state_dict({name: weights[name] for name in taken}, strict=False)
-    return decoder, Origins(taken, tuple(other_width), new)
+    return Origins(taken, tuple(other_width), new)
 
 
 def _refuse(problem: str, names: list[str]) -> None:

@@ -6,8 +6,6 @@ not depend on which rank has it, and losses are sums with their counts.
 Shapes: B clips, T frames, C latent channels, H and W of latents; Q embeddings of a frame, E their width.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +15,7 @@ from torch.nn import functional as F
 from emu2_megatron.config.schema import VideoDecoderConfig
 from emu2_megatron.errors import ConfigError
 from emu2_megatron.model.video_decoder import VideoDecoder
+from emu2_megatron.model.visual_decoder import Draws
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
@@ -47,49 +46,12 @@ def training_scheduler(config: VideoDecoderConfig) -> "DDPMScheduler":
     )
 
 
-@dataclass(frozen=True)
-class Draws:
-    """All that is random about training on B clips."""
-
-    posterior_BTCHW: Tensor
-    """Standard normal, fp32; picks the latents out of the VAE's distribution (`visual_decoder.encode_latents`)."""
-    noise_BTCHW: Tensor
-    """What is added to the latents, fp32, the offset included."""
-    timesteps_B: Tensor
-    """int64, 0 to 999: how much of it, in all frames of a clip."""
-    dropped_B: Tensor
-    """bool: in which clips the embeddings of all frames are replaced by the null condition."""
-
-    def to(self, device: torch.device) -> "Draws":
-        """On a device."""
-        return Draws(*(value.to(device) for value in vars(self).values()))
-
-
-def draw(config: VideoDecoderConfig, seeds: Sequence[int], frames: int, height: int, width: int) -> Draws:
-    """Draw for each clip from its own seed, on the CPU: the same numbers on any device, rank and batch size.
-
-    The noise of frames is independent but for the offset, which is one number a channel in the whole clip. Without it
-    the brightness that frames share could be read from their average through almost any noise, and would not be learnt;
-    one for each frame would average out in turn.
-
-    Args:
-        config: how often to drop, how much offset, and the latent channels.
-        seeds: one for each clip, of `visual_decoder.sample_seed`.
-        frames: T.
-        height: of the latents.
-        width: of the latents.
-    """
-    shape = (frames, config.latent_channels, height, width)
-    drawn = []
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        dropped = torch.rand((), generator=generator) < config.condition_drop
-        timestep = torch.randint(TIMESTEPS, (), generator=generator)
-        posterior = torch.randn(shape, generator=generator)
-        noise = torch.randn(shape, generator=generator)
-        offset = torch.randn(config.latent_channels, 1, 1, generator=generator)
-        drawn.append((posterior, noise + config.noise_offset * offset, timestep, dropped))
-    return Draws(*(torch.stack(values) for values in zip(*drawn, strict=True)))
+def target(scheduler: "DDPMScheduler", latents: Tensor, draws: Draws) -> Tensor:
+    """What is to be predicted: the noise, or v, of the latents' shape, fp32."""
+    if scheduler.config.prediction_type == "epsilon":
+        return draws.noise
+    v: Tensor = scheduler.get_velocity(latents, draws.noise, draws.timesteps_B)
+    return v
 
 
 def denoising_loss(
@@ -110,19 +72,15 @@ def denoising_loss(
         latents_BTCHW: clean, of `visual_decoder.encode_latents`, fp32.
         embeddings_BTQE: of the same frames, from the frozen encoder.
         null_QE: stands for the embeddings of a frame that are dropped (`visual_decoder.null_embeddings`).
-        draws: of `draw`, on the same device.
+        draws: of `visual_decoder.draw`, on the same device.
 
     Returns:
         The sum, fp32, a scalar with a gradient; the count, B x T x C x H x W.
     """
     dtype = next(decoder.parameters()).dtype
     # The scheduler would compute in the dtype of the latents: fp32, as 1000 levels of noise need.
-    noisy_BTCHW = scheduler.add_noise(latents_BTCHW, draws.noise_BTCHW, draws.timesteps_B)
-    target_BTCHW = (
-        draws.noise_BTCHW
-        if scheduler.config.prediction_type == "epsilon"
-        else scheduler.get_velocity(latents_BTCHW, draws.noise_BTCHW, draws.timesteps_B)
-    )
+    noisy_BTCHW = scheduler.add_noise(latents_BTCHW, draws.noise, draws.timesteps_B)
+    target_BTCHW = target(scheduler, latents_BTCHW, draws)
     embeddings_BTQE = torch.where(draws.dropped_B[:, None, None, None], null_QE, embeddings_BTQE).to(dtype)
     predicted_BTCHW = decoder(noisy_BTCHW.to(dtype), draws.timesteps_B, embeddings_BTQE)
     return F.mse_loss(predicted_BTCHW.float(), target_BTCHW, reduction="sum"), target_BTCHW.numel()

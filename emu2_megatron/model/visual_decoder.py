@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from emu2_megatron.config.schema import Config, VisualDecoderConfig
+from emu2_megatron.config.schema import Config, DiffusionConfig, VisualDecoderConfig
 from emu2_megatron.errors import ConfigError
 from emu2_megatron.model.eva_vit import EvaVisionTransformer
 
@@ -40,7 +40,7 @@ _NOISE: dict[str, Any] = {
 }
 
 
-def downsampling(config: VisualDecoderConfig) -> int:
+def downsampling(config: DiffusionConfig) -> int:
     """Pixels of a picture's side for each of its latents'."""
     return int(2 ** (len(config.vae_channels) - 1))
 
@@ -77,13 +77,13 @@ def unet_config(config: VisualDecoderConfig, width: int) -> dict[str, Any]:
     }
 
 
-def vae_config(config: VisualDecoderConfig) -> dict[str, Any]:
+def vae_config(config: DiffusionConfig) -> dict[str, Any]:
     """Arguments of diffusers' `AutoencoderKL`.
 
     Raises:
         ConfigError: sizes that do not fit each other.
     """
-    _check(config)
+    check_pictures(config)
     levels = len(config.vae_channels)
     return {
         "sample_size": config.image_size,
@@ -108,14 +108,29 @@ def _check(config: VisualDecoderConfig) -> None:
     for channels, heads in zip(config.unet_channels, config.unet_attention_heads, strict=True):
         if channels % heads:
             raise ConfigError(f"visual decoder: {heads} unet_attention_heads do not divide {channels} unet_channels")
-    for channels in (*config.unet_channels, *config.vae_channels):
-        if channels % config.norm_num_groups:
-            raise ConfigError(f"visual decoder: norm_num_groups {config.norm_num_groups} does not divide {channels}")
-    whole = downsampling(config) * 2 ** (levels - 1)
+    for channels in config.unet_channels:
+        _check_groups(config, channels)
+    check_pictures(config)
+
+
+def check_pictures(config: DiffusionConfig) -> None:
+    """Raise ConfigError unless VAE, size of pictures and null condition fit."""
+    for channels in config.vae_channels:
+        _check_groups(config, channels)
+    whole = downsampling(config) * 2 ** (len(config.unet_channels) - 1)
     if config.image_size % whole:
-        raise ConfigError(f"visual decoder: image_size {config.image_size} is no multiple of {whole}")
+        raise ConfigError(f"{_said(config)}: image_size {config.image_size} is no multiple of {whole}")
     if config.null_condition not in ("image", "zeros"):
-        raise ConfigError(f"visual decoder: null_condition {config.null_condition}; legal: image, zeros")
+        raise ConfigError(f"{_said(config)}: null_condition {config.null_condition}; legal: image, zeros")
+
+
+def _check_groups(config: DiffusionConfig, channels: int) -> None:
+    if channels % config.norm_num_groups:
+        raise ConfigError(f"{_said(config)}: norm_num_groups {config.norm_num_groups} does not divide {channels}")
+
+
+def _said(config: DiffusionConfig) -> str:
+    return "visual decoder" if isinstance(config, VisualDecoderConfig) else "video decoder"
 
 
 def build_unet(config: VisualDecoderConfig, width: int, seed: int = 0) -> "UNet2DConditionModel":
@@ -138,7 +153,7 @@ def build_unet(config: VisualDecoderConfig, width: int, seed: int = 0) -> "UNet2
         return UNet2DConditionModel(**unet_config(config, width))
 
 
-def build_vae(config: VisualDecoderConfig, seed: int = 0) -> "AutoencoderKL":
+def build_vae(config: DiffusionConfig, seed: int = 0) -> "AutoencoderKL":
     """The autoencoder between pixels and latents, as `build_unet`."""
     from diffusers import AutoencoderKL
 
@@ -161,21 +176,27 @@ def sampling_scheduler() -> "EulerDiscreteScheduler":
     return EulerDiscreteScheduler(**_NOISE, timestep_spacing="leading", steps_offset=1, interpolation_type="linear")
 
 
-def forward_flops(config: Config) -> tuple[int, int]:
-    """FLOPs of the UNet, and of the VAE's encoder, for one picture: matrix products and convolutions, counted by torch
-    on tensors without memory."""
-    decoder, width, size = config.visual_decoder, config.model.encoder.hidden_size, config.visual_decoder.image_size
-    latents = size // downsampling(decoder)
+def forward_flops(config: Config) -> int:
+    """FLOPs of the UNet for one picture: matrix products and convolutions, counted by torch on tensors without
+    memory."""
+    decoder, width = config.visual_decoder, config.model.encoder.hidden_size
+    latents = decoder.image_size // downsampling(decoder)
     with torch.device("meta"), torch.no_grad():
-        unet, vae = build_unet(decoder, width), build_vae(decoder)
-        two = torch.empty(1, 2)
+        unet, two = build_unet(decoder, width), torch.empty(1, 2)
         hidden, added = condition(torch.empty(1, config.model.image_queries, width), two, two, two)
         noisy = torch.empty(1, decoder.latent_channels, latents, latents)
-        with FlopCounterMode(display=False) as of_unet:
+        with FlopCounterMode(display=False) as counted:
             unet(noisy, torch.empty(1), encoder_hidden_states=hidden, added_cond_kwargs=added)
-        with FlopCounterMode(display=False) as of_vae:
-            vae.encode(torch.empty(1, 3, size, size))
-    return of_unet.get_total_flops(), of_vae.get_total_flops()
+    return int(counted.get_total_flops())
+
+
+def vae_flops(config: DiffusionConfig) -> int:
+    """FLOPs of the VAE's encoder for one picture, counted as `forward_flops` does."""
+    with torch.device("meta"), torch.no_grad():
+        vae = build_vae(config)
+        with FlopCounterMode(display=False) as counted:
+            vae.encode(torch.empty(1, 3, config.image_size, config.image_size))
+    return int(counted.get_total_flops())
 
 
 def time_ids(original_B2: Tensor, crop_B2: Tensor, target_B2: Tensor) -> Tensor:
@@ -203,7 +224,7 @@ def condition(
 
 
 @torch.no_grad()
-def null_embeddings(config: VisualDecoderConfig, encoder: EvaVisionTransformer, queries: int) -> Tensor:
+def null_embeddings(config: DiffusionConfig, encoder: EvaVisionTransformer, queries: int) -> Tensor:
     """What stands for missing embeddings, [Q, E], in the encoder's dtype and on its device.
 
     Args:
@@ -229,16 +250,16 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Draws:
-    """All that is random about training on B pictures."""
+    """All that is random about training on B pictures; or on B clips, whose latents are [B, T, C, H, W]."""
 
-    posterior_BCHW: Tensor
-    """Standard normal, fp32; picks the latents out of the VAE's distribution."""
-    noise_BCHW: Tensor
-    """What is added to the latents and to be predicted, fp32, the offset of each channel included."""
+    posterior: Tensor
+    """[B, C, H, W], standard normal, fp32; picks the latents out of the VAE's distribution."""
+    noise: Tensor
+    """[B, C, H, W], what is added to the latents, fp32, the offset of each channel included."""
     timesteps_B: Tensor
-    """int64, 0 to 999: how much of it."""
+    """int64, 0 to 999: how much of it, in all frames of a clip."""
     dropped_B: Tensor
-    """bool: whose embeddings are replaced by the null condition."""
+    """bool: whose embeddings, all of them, are replaced by the null condition."""
 
     def to(self, device: torch.device) -> "Draws":
         """On a device."""
@@ -253,16 +274,19 @@ def sample_seed(*numbers: int) -> int:
     return int.from_bytes(hashlib.sha256(str(numbers).encode()).digest()[:4], "little")
 
 
-def draw(config: VisualDecoderConfig, seeds: Sequence[int], height: int, width: int) -> Draws:
+def draw(config: DiffusionConfig, seeds: Sequence[int], *size: int) -> Draws:
     """Draw for each sample from its own seed, on the CPU: the same numbers on any device, rank and batch size.
+
+    The noise of a clip's frames is independent but for the offset, which is one number a channel in the whole clip.
+    Without it the brightness that frames share could be read from their average through almost any noise, and would not
+    be learnt; one for each frame would average out in turn.
 
     Args:
         config: how often to drop, how much offset, and the latent channels.
         seeds: one for each sample, of `sample_seed`.
-        height: of the latents.
-        width: of the latents.
+        size: height and width of the latents; of clips, the number of frames before them.
     """
-    steps, shape = _NOISE["num_train_timesteps"], (config.latent_channels, height, width)
+    steps, shape = _NOISE["num_train_timesteps"], (*size[:-2], config.latent_channels, *size[-2:])
     drawn = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
@@ -333,7 +357,7 @@ def denoising_loss(
     """
     dtype = next(unet.parameters()).dtype
     # The scheduler would compute in the dtype of the latents: fp32, as 1000 levels of noise need.
-    noisy_BCHW = scheduler.add_noise(latents_BCHW, draws.noise_BCHW, draws.timesteps_B)
+    noisy_BCHW = scheduler.add_noise(latents_BCHW, draws.noise, draws.timesteps_B)
     embeddings_BQE = torch.where(draws.dropped_B[:, None, None], null_QE, embeddings_BQE).to(dtype)
     hidden_BQE, added = condition(embeddings_BQE, *sizes)
     predicted_BCHW = unet(
@@ -343,4 +367,4 @@ def denoising_loss(
         added_cond_kwargs=added,
         return_dict=False,
     )[0]
-    return F.mse_loss(predicted_BCHW.float(), draws.noise_BCHW, reduction="sum"), draws.noise_BCHW.numel()
+    return F.mse_loss(predicted_BCHW.float(), draws.noise, reduction="sum"), draws.noise.numel()

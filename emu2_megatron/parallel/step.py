@@ -17,8 +17,8 @@ from emu2_megatron.platform.device import synchronize
 class StepOutput:
     """What a forward and backward pass found out; the same on every rank except `moments` and what follows it.
 
-    The visual decoder has no text; its `image_loss` is that of the predicted noise, and pictures stand where
-    embeddings do.
+    The decoders of pictures and clips have no text; their `image_loss` is that of the predicted noise (or v), and
+    samples stand where embeddings do.
     """
 
     text_loss: Tensor

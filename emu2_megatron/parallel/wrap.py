@@ -32,7 +32,7 @@ from emu2_megatron.platform.precision import DTYPES
 
 PLAIN = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
 """Gradients are summed after the backward pass, in fp32."""
-PARTS = ("decoder", "projection", "encoder", "visual_decoder")
+PARTS = ("decoder", "projection", "encoder", "visual_decoder", "video_decoder")
 """Parts of the model with a learning rate of their own: `optimizer.<part>_lr`."""
 
 
@@ -54,7 +54,7 @@ class Engine:
     here: Topology
     whole: dict[str, nn.Module]
     """What every rank has all of and checkpoints hold, by how its names begin there: the bare encoder is `visual`; the
-    visual decoder's UNet is `unet`."""
+    UNet of a decoder of pictures or clips is `unet`."""
     stages: list[DecoderStage]
     """The bare parts of the decoder on this rank, in the order data flows; one, unless the schedule is interleaved."""
     first_layers: list[int]

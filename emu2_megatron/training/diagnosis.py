@@ -147,7 +147,7 @@ def dump(folder: Path, engine: Engine, batch: Batch, notes: list[Note], cause: C
         for i, picture in enumerate(sequence.pictures):
             kind, tensor = ("features", picture.rows_QE) if isinstance(picture, Features) else ("picture", picture)
             tensors[f"{slot}.{kind}_{i}"] = tensor
-        tensors |= {f"{slot}.crop_{i}": crop.painted_3HW for i, crop in enumerate(sequence.crops)}
+        tensors |= {f"{slot}.crop_{i}": crop.painted_T3HW for i, crop in enumerate(sequence.crops)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from emu2_megatron.checkpoint.save import Saver
 from emu2_megatron.config.loading import to_yaml
-from emu2_megatron.config.schema import Config
+from emu2_megatron.config.schema import Config, trained_decoder
 from emu2_megatron.data.loader import Loader, State, merged
 from emu2_megatron.errors import Stopped
 from emu2_megatron.parallel import topology, wrap
@@ -99,10 +99,11 @@ def _steps(
         last = step == config.training.steps or stop is not None
         if writers:
             writers.advance(step)
-        paints = config.visual_decoder.paint_every
         scores: dict[str, float] = {}
-        if config.training.objective == "visual_decoder" and (last or (paints and step % paints == 0)):
-            scores = panels.show(config, engine, loader.sources, writers, step, last)
+        if config.training.objective != "language":
+            every = trained_decoder(config).paint_every
+            if last or (every and step % every == 0):
+                scores = panels.show(config, engine, loader.sources, writers, step, last)
         if meter.steps and (step == 1 or last or step % config.logging.every == 0):
             record = meter.record(step, report, skipped, guards.skipped) | scores
             guards.stragglers(meter.z_scores)

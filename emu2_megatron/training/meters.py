@@ -11,7 +11,6 @@ from torch import Tensor
 
 from emu2_megatron.config.schema import Config
 from emu2_megatron.parallel import topology
-from emu2_megatron.parallel.wrap import PARTS
 from emu2_megatron.platform import gpus
 from emu2_megatron.platform.device import device
 from emu2_megatron.training.guards import z_scores
@@ -77,7 +76,8 @@ class Meter:
 
     @property
     def _parts(self) -> tuple[str, ...]:
-        return PARTS[:-1] if self.config.training.objective == "language" else PARTS[-1:]
+        objective = self.config.training.objective
+        return ("decoder", "projection", "encoder") if objective == "language" else (objective,)
 
     def add(self, report: StepReport) -> None:
         """Take in one step."""

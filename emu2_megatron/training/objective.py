@@ -1,4 +1,4 @@
-"""What a run trains (training.objective): Emu2 itself, or its visual decoder."""
+"""What a run trains (training.objective): Emu2 itself, or its decoder of pictures or of clips."""
 
 from functools import partial
 from pathlib import Path
@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 
-from emu2_megatron.config.schema import Config
+from emu2_megatron.config.schema import Config, trained_decoder
 from emu2_megatron.convert.released import source_of
 from emu2_megatron.convert.to_diffusers import from_diffusers
 from emu2_megatron.data.tokenizer import Tokenizer, tokenizer_for
 from emu2_megatron.model.eva_vit import EvaVisionTransformer
 from emu2_megatron.model.sdxl import load_sdxl
-from emu2_megatron.model.visual_decoder import build_unet, build_vae
+from emu2_megatron.model.video_decoder import load_2d
+from emu2_megatron.model.visual_decoder import build_vae
 from emu2_megatron.parallel import diffusion, wrap
 from emu2_megatron.parallel.topology import Topology
 from emu2_megatron.parallel.wrap import Engine
@@ -29,12 +30,12 @@ def tokenizer(config: Config) -> Tokenizer | None:
 
 
 def state_bytes(config: Config) -> int:
-    """Of a rank that trains the visual decoder, without its activations: the weights of all networks, gradients, master
-    weights and moments."""
+    """Of a rank that trains a decoder of pictures or clips, without its activations: the weights of all networks,
+    gradients, master weights and moments."""
     width = DTYPES[config.training.precision].itemsize
     with torch.device("meta"):
-        unet = build_unet(config.visual_decoder, config.model.encoder.hidden_size)
-        vae = build_vae(config.visual_decoder)
+        unet = diffusion.KINDS[config.training.objective].build(config)
+        vae = build_vae(trained_decoder(config))
         encoder = EvaVisionTransformer(config.model.encoder)
     of_unet, of_vae, of_encoder = (sum(p.numel() for p in m.parameters()) for m in (unet, vae, encoder))
     return of_unet * (width + 4 + (4 if width < 4 else 0) + 8) + of_vae * 4 + of_encoder * width
@@ -45,19 +46,20 @@ def build(config: Config, here: Topology) -> Engine:
 
     Raises:
         ConfigError: FP8 is wanted and this machine cannot.
-        CheckpointError, ConversionError: what visual_decoder.encoder or .sdxl name is not there, damaged, or of
+        CheckpointError, ConversionError: what the decoder's encoder, sdxl or sd21 name is not there, damaged, or of
             another model.
     """
     if config.training.objective == "language":
         return wrap.build(config, here)
-    decoder = config.visual_decoder
+    decoder = trained_decoder(config)
     source = source_of(Path(decoder.encoder), config.model) if decoder.encoder else None
-    fill = partial(_fill, config) if decoder.sdxl else None
-    return diffusion.build(config, here, source, fill)
+    clips = config.training.objective == "video_decoder"
+    begins = config.video_decoder.sd21 if clips else config.visual_decoder.sdxl
+    load = load_2d if clips else partial(load_sdxl, seed=config.training.seed)
 
+    def fill(network: Any, vae: Any) -> None:
+        of_unet, of_vae = from_diffusers(Path(begins), decoder)
+        load(network, of_unet)
+        vae.load_state_dict(of_vae)
 
-def _fill(config: Config, unet: Any, vae: Any) -> None:
-    """Load what visual_decoder.sdxl has."""
-    of_unet, of_vae = from_diffusers(Path(config.visual_decoder.sdxl), config.visual_decoder)
-    load_sdxl(unet, of_unet, config.training.seed)
-    vae.load_state_dict(of_vae)
+    return diffusion.build(config, here, source, fill if begins else None)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
-from emu2_megatron.config.schema import Config
+from emu2_megatron.config.schema import Config, trained_decoder
 from emu2_megatron.errors import DataError
 from emu2_megatron.parallel import average
 from emu2_megatron.parallel.step import Batch, StepOutput
@@ -119,5 +119,5 @@ def update(engine: Engine) -> tuple[float | None, str]:
             clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=part.config.clip_grad, total_norm=norm)
     optimizer.step_with_ready_grads()
     if engine.average:
-        average.update(engine, engine.step.config.visual_decoder.ema_decay)
+        average.update(engine, trained_decoder(engine.step.config).ema_decay)
     return norm, ""

@@ -150,7 +150,7 @@ def _line(record: dict[str, Any]) -> str:
         for name in ("text", "image", "mean_predictor_image")
     )
     reads_text = "text_loss" in record
-    losses = f"text {text} | image {image} (mean {mean})" if reads_text else f"noise {image} (mean {mean})"
+    losses = f"text {text} | image {image} (mean {mean})" if reads_text else f"denoising {image} (mean {mean})"
     tokens = f"{record['tokens_per_second']:.0f} tokens/s " if reads_text else ""
     phases = " ".join(f"{phase.replace('_', ' ')} {record[f'{phase}_seconds'] * 1e3:.0f}" for phase in PHASES)
     skipped = f" | skipped {record['skipped_samples']}" if record["skipped_samples"] else ""

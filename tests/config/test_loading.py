@@ -240,6 +240,8 @@ def test_recipes_are_found_in_the_package():
         "stage2",
         "tiny_all_kinds",
         "tiny_interleaved",
+        "video_decoder",
+        "video_decoder_tiny",
         "visual_decoder",
         "visual_decoder_tiny",
     ]

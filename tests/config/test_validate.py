@@ -46,6 +46,21 @@ def test_recipes_are_legal():
     assert error_of(load("stage2")).startswith("data.shards: []")
 
 
+def test_a_row_of_a_decoder_is_a_picture_or_a_clip():
+    given = ["data.shards=[a.tar]"]
+    for recipe, length, said in [
+        ("visual_decoder", 64, "takes a picture a row, legal: model.image_queries 64"),
+        ("video_decoder", 512, "takes a clip a row, legal: video_decoder.frames x model.frame_queries = 512"),
+    ]:
+        assert load(recipe).data.sequence_length == length
+        assert validate.validate(load(recipe, given), 2) == 2
+        assert error_of(load(recipe, [*given, f"data.sequence_length={length + 1}"])) == (
+            f"data.sequence_length: {length + 1}; training.objective {recipe} {said}"
+        )
+    longer = ["video_decoder.frames=64", "data.sequence_length=4096"]  # the language model's longest does not matter
+    assert validate.validate(load("video_decoder", [*given, *longer]), 2) == 2
+
+
 def test_small_pictures_are_legal():
     """The first stage of pre-training is at 224 pixels: 16² patches, which 64 embeddings share in squares of 4."""
     given = ["data.shards=[a.tar]", "data.tokenizer=t.model", "model.encoder.image_size=224"]
@@ -74,6 +89,10 @@ MAY_BE_ZERO = {
     "visual_decoder.ema_decay",
     "visual_decoder.noise_offset",
     "visual_decoder.paint_every",
+    "video_decoder.condition_drop",
+    "video_decoder.ema_decay",
+    "video_decoder.noise_offset",
+    "video_decoder.paint_every",
     "optimizer.adam_beta1",
     "optimizer.adam_beta2",
     "optimizer.weight_decay",
@@ -140,6 +159,8 @@ def test_two_ways_of_blending():
         ("data__samples_per_step", (12800,), (-1,)),
         ("data__samples_per_step", (2048,), (2047,)),  # of training.global_batch_size 2048
         ("data__samples_per_step", (), (4, 4)),
+        ("video_decoder__frames", 2, 1),
+        ("video_decoder__largest_scale", 1.0, 0.99),
         ("fp8__recipe", "none", "fp8"),
         ("fp8__amax_compute", "most_recent", "mean"),
     ],

@@ -20,10 +20,10 @@ from emu2_megatron.config.presets import VIDEO_DECODERS
 from emu2_megatron.config.schema import VideoDecoderConfig
 from emu2_megatron.data import video
 from emu2_megatron.errors import ConfigError, ConversionError
-from emu2_megatron.inference import film
-from emu2_megatron.model import video_decoder
+from emu2_megatron.model import film, video_decoder
 from emu2_megatron.model.video_decoder import VideoDecoder
-from emu2_megatron.model.video_loss import denoising_loss, draw, training_scheduler
+from emu2_megatron.model.video_loss import denoising_loss, training_scheduler
+from emu2_megatron.model.visual_decoder import draw
 
 CLIPS = Path(__file__).parents[2] / "examples" / "data" / "videos"
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from emu2_megatron.config.presets import VIDEO_DECODERS
 from emu2_megatron.model import video_decoder
-from emu2_megatron.model.video_loss import denoising_loss, draw, training_scheduler
+from emu2_megatron.model.video_loss import denoising_loss, training_scheduler
+from emu2_megatron.model.visual_decoder import draw
 
 TINY = replace(VIDEO_DECODERS["emu2_video_tiny"], unet_channels=(16, 32), condition_drop=0.5)
 WIDTH = 24
@@ -51,7 +52,7 @@ def test_noisy_clips_and_targets_are_those_of_the_formula(prediction: str, dtype
     assert torch.equal(timesteps, draws.timesteps_B)
     for clip in range(2):
         signal, noise = kept[timesteps[clip]] ** 0.5, (1 - kept[timesteps[clip]]) ** 0.5
-        x, n = latents[clip].double(), draws.noise_BTCHW[clip].double()
+        x, n = latents[clip].double(), draws.noise[clip].double()
         # fp32's rounding of numbers up to 4, or bfloat16's.
         torch.testing.assert_close(
             noisy[clip], (signal * x + noise * n).to(dtype), rtol=1e-2 if dtype is torch.bfloat16 else 0, atol=2e-6
@@ -90,12 +91,12 @@ def test_a_clip_counts_the_same_in_any_batch() -> None:
 
 def test_the_offset_is_one_number_a_channel_for_the_whole_clip() -> None:
     plain, offset = (draw(replace(TINY, noise_offset=weight), [3], *THW) for weight in (0.0, 0.5))
-    assert torch.equal(plain.posterior_BTCHW, offset.posterior_BTCHW)
-    difference_TCHW = (offset.noise_BTCHW - plain.noise_BTCHW)[0]
+    assert torch.equal(plain.posterior, offset.posterior)
+    difference_TCHW = (offset.noise - plain.noise)[0]
     C = SHAPE_TCHW[1]
     assert difference_TCHW.transpose(0, 1).reshape(C, -1).std(1).max() < 1e-6  # fp32's rounding
     assert difference_TCHW[0, :, 0, 0].unique().numel() == C
-    frames = plain.noise_BTCHW[0].flatten(1)
+    frames = plain.noise[0].flatten(1)
     assert torch.corrcoef(frames).fill_diagonal_(0).abs().max() < 0.25  # four deviations, each 1 / sqrt(256)
 
 

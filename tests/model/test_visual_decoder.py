@@ -138,7 +138,7 @@ def test_the_loss_is_its_formula(unet: Any) -> None:
     total = 0.0
     for i in range(4):
         t = int(draws.timesteps_B[i])
-        noise, latents = draws.noise_BCHW[i].double(), given["latents_BCHW"][i].double()
+        noise, latents = draws.noise[i].double(), given["latents_BCHW"][i].double()
         noisy = kept[t] ** 0.5 * latents + (1 - kept[t]) ** 0.5 * noise
         told = (given["null_QE"] if i % 2 else given["embeddings_BQE"][i]).double()
         numbers = torch.cat([size[i] for size in given["sizes"]]).double()
@@ -179,7 +179,7 @@ def test_what_is_drawn_depends_on_the_sample_alone() -> None:
     seeds = [vd.sample_seed(7, step, place) for step in (1, 2) for place in (0, 1)]
     assert len({*seeds, vd.sample_seed(8, 1, 0)}) == 5
     together = vd.draw(TINY, seeds, 2, 3)
-    assert together.noise_BCHW.shape == together.posterior_BCHW.shape == (4, 4, 2, 3)
+    assert together.noise.shape == together.posterior.shape == (4, 4, 2, 3)
     for i, seed in enumerate(seeds):
         alone = vd.draw(TINY, [seed], 2, 3)
         for name, value in vars(alone).items():
@@ -197,18 +197,18 @@ def test_statistics_of_what_is_drawn() -> None:
     assert float(times.mean()) == pytest.approx(499.5, abs=4 * 1000 / (12 * count) ** 0.5)
     # A channel's mean over n numbers has variance 1/n, and the offset's.
     channels = count * TINY.latent_channels
-    variance = float(draws.noise_BCHW.mean(dim=(2, 3)).var())
+    variance = float(draws.noise.mean(dim=(2, 3)).var())
     assert variance == pytest.approx(1 / 16 + 0.1**2, rel=4 * (2 / channels) ** 0.5)
-    plain = float(draws.posterior_BCHW.mean(dim=(2, 3)).var())
+    plain = float(draws.posterior.mean(dim=(2, 3)).var())
     assert plain == pytest.approx(1 / 16, rel=4 * (2 / channels) ** 0.5)
-    assert float(draws.noise_BCHW.var()) == pytest.approx(1.01, rel=0.02)
-    both = torch.stack([draws.noise_BCHW.flatten(), draws.posterior_BCHW.flatten()])
+    assert float(draws.noise.var()) == pytest.approx(1.01, rel=0.02)
+    both = torch.stack([draws.noise.flatten(), draws.posterior.flatten()])
     assert abs(float(torch.corrcoef(both)[0, 1])) < 4 / both.shape[1] ** 0.5
     # No sample without its embeddings, and no offset, if none is wanted.
     off = vd.draw(replace(TINY, condition_drop=0.0, noise_offset=0.0), range(200), 4, 4)
     assert not off.dropped_B.any()
     on = vd.draw(replace(TINY, condition_drop=1.0), range(200), 4, 4)
-    assert on.dropped_B.all() and torch.equal(off.posterior_BCHW, on.posterior_BCHW)
+    assert on.dropped_B.all() and torch.equal(off.posterior, on.posterior)
 
 
 def test_null_embeddings() -> None:

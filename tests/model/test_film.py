@@ -15,8 +15,7 @@ from torch import Tensor, nn
 
 from emu2_megatron.config.presets import VIDEO_DECODERS
 from emu2_megatron.data import video
-from emu2_megatron.inference import film
-from emu2_megatron.model import video_decoder
+from emu2_megatron.model import film, video_decoder
 from emu2_megatron.model.video_loss import training_scheduler
 
 TINY = replace(VIDEO_DECODERS["emu2_video_tiny"], unet_channels=(16, 32))

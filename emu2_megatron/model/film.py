@@ -1,6 +1,6 @@
 """Films from visual embeddings of their frames: sampling, writing, and how steady the result is.
 
-Guidance and step count are Emu2-Gen's for pictures (`inference/paint`); for films nothing is published.
+Guidance and step count are Emu2-Gen's for pictures (`model/paint`); for films nothing is published.
 
 Shapes: B clips, T frames, C latent channels, H, W; Q embeddings of a frame, E their width.
 """
