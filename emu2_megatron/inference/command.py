@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from emu2_megatron.errors import ConfigError
-from emu2_megatron.inference import image_command, model_options, prompt_options
+from emu2_megatron.inference import film_command, image_command, model_options, prompt_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +51,8 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         options: parsed.
         arguments: as they were given, for ranks that are to be started.
     """
+    if options.video_out is not None:
+        return film_command.run(options)
     if image_command.is_wanted(options):
         return image_command.run(options, arguments)
     processes = model_options.ranks_to_start(options)

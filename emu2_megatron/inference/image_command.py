@@ -38,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "own embeddings. With --prompts a folder, of 00000.png and so on",
     )
     picture.add_argument(
+        "--video-out",
+        type=Path,
+        metavar="FILE",
+        help="the prompt is one video: paint it again from the embeddings of its frames, as .mp4 or .gif; --decoder is "
+        "a checkpoint of a video decoder",
+    )
+    picture.add_argument(
         "--decoder",
         type=Path,
         metavar="DIR",

@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from emu2_megatron.checkpoint import files
 from emu2_megatron.checkpoint.load import check_files
-from emu2_megatron.config.schema import Config, DataConfig, TrainingConfig, VisualDecoderConfig
+from emu2_megatron.config.schema import Config, DataConfig, TrainingConfig, VideoDecoderConfig, VisualDecoderConfig
 from emu2_megatron.convert import from_hf
 from emu2_megatron.convert.command import run_config
-from emu2_megatron.convert.decoders import decoder_at
+from emu2_megatron.convert.decoders import decoder_at, film_decoder_at
 from emu2_megatron.convert.released import source_of_checkpoint, source_of_folder
 from emu2_megatron.errors import ConfigError
 from emu2_megatron.inference.model import InferenceModel, for_inference
+from emu2_megatron.model import video_decoder
 from emu2_megatron.model.visual_decoder import build_unet, build_vae
 from emu2_megatron.parallel import topology
 from emu2_megatron.platform.device import device
@@ -124,3 +126,28 @@ def find_decoder(folder: Path, width: int, precision: str | None = None) -> Foun
         return networks
 
     return FoundDecoder(decoder.config, load)
+
+
+@dataclass(frozen=True)
+class FoundFilmDecoder:
+    """A video decoder that lies somewhere, not loaded yet."""
+
+    config: VideoDecoderConfig
+    load: "Callable[[], tuple[video_decoder.VideoDecoder, AutoencoderKL]]"
+    """Both networks, on this rank's device."""
+
+
+def find_film_decoder(folder: Path, width: int, precision: str | None = None) -> FoundFilmDecoder:
+    """Look for a video decoder, in a checkpoint of its run; arguments and errors as of `find_decoder`."""
+    decoder = film_decoder_at(folder, width)
+
+    def load() -> "tuple[video_decoder.VideoDecoder, AutoencoderKL]":
+        with torch.device("meta"):
+            network, vae = video_decoder.build(decoder.config, width), build_vae(decoder.config)
+        for part, tensors in zip((network.unet, vae), decoder.load(), strict=True):
+            part.load_state_dict(tensors, assign=True)
+        for whole in (network, vae):
+            nn.Module.to(whole, device(), DTYPES[precision] if precision else None).requires_grad_(False).eval()
+        return network, vae
+
+    return FoundFilmDecoder(decoder.config, load)

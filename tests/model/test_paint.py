@@ -10,7 +10,7 @@ import sdxl
 import torch
 
 from emu2_megatron.config.presets import VISUAL_DECODERS
-from emu2_megatron.inference import paint as painting
+from emu2_megatron.model import paint as painting
 from emu2_megatron.model import visual_decoder as vd
 from emu2_megatron.model.paint import paint
 
