@@ -13,6 +13,10 @@ class DataError(Emu2Error):
     """A sample, shard or tokenizer that cannot be read. A bad sample is skipped and counted, never fatal by itself."""
 
 
+class NotWanted(DataError):
+    """A sample that is sound, and not what is trained on. Skipped and counted, and no share of the bad ones."""
+
+
 class FeaturesError(Emu2Error):
     """Precomputed features that are sound and another run's. Which rank meets them depends on the data."""
 

@@ -82,8 +82,6 @@ def load(path: str | Path, engine: Engine) -> dict[str, Any]:
                 "checkpoint.initialize_from"
             )
         engine.optimizer.reload_model_params()
-        if engine.average:  # of a run that kept none, it begins here
-            average.restart(engine)
         adam.make_moments(engine)
         # A master of a run whose weights were fp32 is that weight; so is, the other way round, an fp32 weight a master.
         state = {_stored_as(name, shapes): pieces for name, pieces in resumed(engine).items() if _wanted(name, shapes)}
@@ -94,6 +92,8 @@ def load(path: str | Path, engine: Engine) -> dict[str, Any]:
         }
         random = {name: pieces for name, pieces in random_states(engine).items() if name in shapes}
         _read(path, {**state, **random}, contents)
+    if engine.average and not any(name.startswith("average.") for name in shapes):
+        average.restart(engine)  # of a run that kept none, it begins here
     set_random_states(random)
     adam.restore_scalars(engine, trainer["optimizer"])
     return trainer

@@ -41,7 +41,7 @@ class Writer(FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         names = [f"__{self.rank}_{number}.distcp" for number in range(THREADS)]
-        with ThreadPoolExecutor(THREADS) as pool, without_crc32():
+        with ThreadPoolExecutor(THREADS) as pool:
             done = list(pool.map(lambda name, items: self._write(name, items, planner), names, _shared(plan.items)))
         future: Future[list[WriteResult]] = Future()
         future.set_result([result for results in done for result in results])
@@ -51,7 +51,7 @@ class Writer(FileSystemWriter):
         results: list[WriteResult] = []
         if not items:
             return results
-        with open(self.folder / name, "wb", buffering=0) as file:
+        with open(self.folder / name, "wb", buffering=0) as file, without_crc32():
             stream: Any = _Summed(file)
             for item in items:
                 start = stream.size

@@ -255,6 +255,7 @@ def identity(kind: str, sources: Sequence[Path], shards: Sequence[Shard]) -> dic
             for shard in shards]  # fmt: skip
     return {
         "kind": kind,
+        "format": 2,  # of the manifest
         "from": [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in sources],
         "tensors": sum(len(unit.outputs) for shard in shards for unit in shard.units),
         "plan": hashlib.sha256(json.dumps(plan).encode()).hexdigest(),

@@ -21,7 +21,7 @@ from emu2_megatron.data.samples import Sample, frame_indices
 from emu2_megatron.data.sequence import START, VISUAL, VISUAL_TARGET, Crop
 from emu2_megatron.data.shards import PICTURE_EXTENSIONS, VIDEO_EXTENSIONS, RawSample
 from emu2_megatron.data.visuals import EncodedCrop
-from emu2_megatron.errors import DataError
+from emu2_megatron.errors import DataError, NotWanted
 from emu2_megatron.platform import threads
 
 
@@ -42,7 +42,7 @@ def crop_sample(raw: RawSample, config: Config, epoch: int, index: int) -> Sampl
     what, extensions = ("video", VIDEO_EXTENSIONS) if objective == "video_decoder" else ("picture", PICTURE_EXTENSIONS)
     names = sorted(name for name in raw.files if name.rpartition(".")[2].lower() in extensions)
     if not names:
-        raise DataError(f"no {what}: {raw.key} has none of {', '.join(extensions)}")
+        raise NotWanted(f"no {what}: {raw.key} has none of {', '.join(extensions)}")
     # The 2 keeps this stream apart from the order of the data (no number) and from what sequences draw (1).
     draw = np.random.default_rng([config.training.seed, 2, epoch, index])
     name = names[draw.integers(len(names))]
@@ -51,14 +51,14 @@ def crop_sample(raw: RawSample, config: Config, epoch: int, index: int) -> Sampl
         clip = probe.clip(name, raw.files[name])
         width, height = clip.width, clip.height
         if len(clip.times) < len(queries):
-            raise DataError(
+            raise NotWanted(
                 f"video has too few frames: {raw.key} has {len(clip.times)}, {objective}.frames is {len(queries)}"
             )
         frames = frame_indices(len(clip.times), len(queries))
     else:
         width, height = probe.picture(name, raw.files[name])
     if min(width, height) < wanted.min_picture_size:
-        raise DataError(
+        raise NotWanted(
             f"{what} is too small: {raw.key} has {width} x {height} pixels, {objective}.min_picture_size is "
             f"{wanted.min_picture_size}"
         )

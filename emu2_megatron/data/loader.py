@@ -31,7 +31,7 @@ from emu2_megatron.data.samples import Sample, build_sample, reason_of
 from emu2_megatron.data.sequence import Crop, Features, PackedSequence, Picture
 from emu2_megatron.data.shards import RawSample, ShardIndex
 from emu2_megatron.data.tokenizer import Tokenizer
-from emu2_megatron.errors import CheckpointError, ConfigError, DataError
+from emu2_megatron.errors import CheckpointError, ConfigError, DataError, NotWanted
 
 logger = logging.getLogger(__name__)
 
@@ -277,6 +277,9 @@ class Loader:
             raw = index.read(number)
             key = raw.key
             sample = self._build(raw, epoch, self._firsts[drawn.source] + number)
+        except NotWanted as error:
+            skipped[reason_of(error)] += 1
+            return None
         except DataError as error:
             skipped[reason_of(error)] += 1
             self._quarantine.add(shard, offset, key, error)

@@ -44,6 +44,7 @@ class Options:
             "max_new_tokens": (self.max_new_tokens >= 1, "1 or more"),
             "min_new_tokens": (self.min_new_tokens >= 0, "0 or more"),
             "beams": (self.beams >= 1, "1 or more"),
+            "length_penalty": (-100 <= self.length_penalty <= 100, "-100 to 100"),
             # Logits divided by less would be infinite, and what is drawn from them not a number.
             "temperature": (self.temperature == 0 or 1e-3 <= self.temperature < float("inf"), "0, or 0.001 and more"),
             "top_p": (0 < self.top_p <= 1, "above 0, up to 1"),

@@ -272,7 +272,7 @@ def _options(record: dict[str, Any]) -> Options:
         value = given[name] = record.get(name, getattr(Options, name))
         number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
         # Beyond 2^63 torch takes no seed, and no float is exact.
-        if not number or not math.isfinite(value) or abs(value) >= 2**63:
+        if not number or abs(value) >= 2**63 or not math.isfinite(value):
             raise ConfigError(f"{name}: {value!r}; legal: {'a whole number' if kind is int else 'a number'}")
     if "beams" not in record and given["temperature"] > 0:
         given["beams"] = 1

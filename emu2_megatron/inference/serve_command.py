@@ -8,6 +8,7 @@ import argparse
 import importlib.util
 import signal
 import socket
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -67,7 +68,9 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         try:
             serve(model, tokenizer, (options.checkpoint or options.model).resolve().name, options.host, options.port)
         finally:
-            topology.stop()
+            # After an error other ranks may be waiting in a collective: leave without asking them.
+            if model.here.world_size == 1 or sys.exc_info()[0] in (None, KeyboardInterrupt):
+                topology.stop()
     except KeyboardInterrupt:
         pass  # how a server is ended
     return 0
@@ -128,6 +131,8 @@ class Ranks:
         """The new tokens; on rank 0, one at a time."""
         from emu2_megatron.inference.generate import generate
 
+        if self._failure is not None:  # the other ranks are still in what failed
+            raise Emu2Error(f"the server is ending, generating failed: {self._failure}")
         if self._several:
             prompt = replace(prompt, pictures=[picture.cpu() for picture in prompt.pictures])
             self._tell((prompt, options))

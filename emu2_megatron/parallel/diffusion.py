@@ -177,6 +177,10 @@ class DiffusionStep:
             f"{flops.encoder_forward(config.model):.4g})]; matrix products and convolutions, backward twice forward"
         )
 
+    def frozen(self) -> dict[str, str]:
+        """See `step.Step`."""
+        return {"encoder": parameters.fingerprint(self.encoder, self.config)}
+
     def flops(self, sequences: int, pictures: int, encoded: int, regressed: int) -> float:
         """See `step.Step`."""
         of_encoder = flops.encoder_forward(self.config.model)
@@ -217,9 +221,12 @@ class DiffusionStep:
         losses: list[Tensor] = []
         finite: list[Tensor] = [torch.ones(0, dtype=torch.bool)]
         moments = torch.zeros(2 * self.decoder.latent_channels + 1, dtype=torch.float64)
-        for start in range(0, len(batch.crops), size):
+        for start in range(0, len(batch.own), size):
             self.entered("encode")
-            crops = batch.crops[start : start + size]
+            crops = [crop for row in batch.own[start : start + size] for crop in row.crops]
+            if not crops:
+                losses.append(torch.zeros((), device=device()))
+                continue
             embeddings, latents, draws = self._encode(crops)
             finite.append(embeddings.isfinite().flatten(1).all(1).cpu())
             moments += _moments(video_loss.target(self.scheduler, latents, draws))

@@ -67,6 +67,9 @@ class Step(Protocol):
     flops_formula: str
     """How `flops` counts, in words."""
 
+    def frozen(self) -> dict[str, str]:
+        """What a checkpoint does not hold and a resumed run must have unchanged: fingerprints by name."""
+
     def flops(self, sequences: int, pictures: int, encoded: int, regressed: int) -> float:
         """Model FLOPs of a step over all ranks, given what the global batch has of all this."""
 

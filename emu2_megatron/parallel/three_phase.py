@@ -104,6 +104,10 @@ class ThreePhaseStep:
         self.entered: Callable[[str], None] = lambda phase: None
         self.flops_formula = flops.formula(config)
 
+    def frozen(self) -> dict[str, str]:
+        """See `step.Step`: checkpoints hold the encoder."""
+        return {}
+
     def flops(self, sequences: int, pictures: int, encoded: int, regressed: int) -> float:
         """See `step.Step`."""
         return flops.step_flops(self.config, sequences, pictures, encoded, regressed).total

@@ -10,7 +10,7 @@ from emu2_megatron.checkpoint.save import Saver
 from emu2_megatron.config.loading import to_yaml
 from emu2_megatron.config.schema import Config, trained_decoder
 from emu2_megatron.data.loader import Loader, State, merged
-from emu2_megatron.errors import Stopped
+from emu2_megatron.errors import CheckpointError, Stopped
 from emu2_megatron.parallel import topology, wrap
 from emu2_megatron.parallel.step import Batch
 from emu2_megatron.training import begin, objective, panels
@@ -46,6 +46,13 @@ def _train(config: Config) -> None:
     with begin.only_run(config), Loader(config, tokenizer, slots, quarantine=quarantine) as loader:
         engine = objective.build(config, here)
         trainer, lines = begin.begin(config, engine, loader)
+        frozen = engine.step.frozen()
+        for name, found in frozen.items():
+            if (saved := trainer.get(name, found)) != found:
+                raise CheckpointError(
+                    f"{config.training.objective}.{name}: the checkpoint was trained on the embeddings of "
+                    f"{name} {saved}, this run's is {found}; give the one that the saved run had"
+                )
         writers = None
         if here.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +65,7 @@ def _train(config: Config) -> None:
         guards.load_state(trainer.get("guards", {}))
         try:
             with guards:
-                saved = _steps(config, engine, loader, guards, writers, int(trainer["step"]))
+                saved = _steps(config, engine, loader, guards, writers, int(trainer["step"]), frozen)
         finally:
             if writers:
                 writers.close()
@@ -72,8 +79,9 @@ def _say_nothing(_: str) -> None:
 
 
 def _steps(
-    config: Config, engine: wrap.Engine, loader: Loader, guards: Guards, writers: Writers | None, done: int
-) -> str:
+    config: Config, engine: wrap.Engine, loader: Loader, guards: Guards, writers: Writers | None, done: int,
+    frozen: dict[str, str],
+) -> str:  # fmt: skip
     """All steps after the first `done`, logs and checkpoints; returns where the last checkpoint is.
 
     Raises:
@@ -99,13 +107,8 @@ def _steps(
         last = step == config.training.steps or stop is not None
         if writers:
             writers.advance(step)
-        scores: dict[str, float] = {}
-        if config.training.objective != "language":
-            every = trained_decoder(config).paint_every
-            if last or (every and step % every == 0):
-                scores = panels.show(config, engine, loader.sources, writers, step, last)
         if meter.steps and (step == 1 or last or step % config.logging.every == 0):
-            record = meter.record(step, report, skipped, guards.skipped) | scores
+            record = meter.record(step, report, skipped, guards.skipped)
             guards.stragglers(meter.z_scores)
             meter = Meter(config, best, engine.step.flops)
             if writers:
@@ -113,11 +116,17 @@ def _steps(
         if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
             guards.watchdog.enter("save")
             guards.watchdog.progressed()
-            saved = str(saver.save(step, {"data": _of_all_ranks(place), "guards": guards.state()}))
+            saved = str(saver.save(step, {"data": _of_all_ranks(place), "guards": guards.state(), **frozen}))
         guards.watchdog.progressed()
         if stop:
             saver.finish()
             raise stop
+        if config.training.objective != "language":  # after the save, which is worth more
+            every = trained_decoder(config).paint_every
+            if last or (every and step % every == 0):
+                guards.watchdog.enter("log")
+                panels.show(config, engine, loader.sources, writers, step, last)
+                guards.watchdog.progressed()
     saver.finish()
     return saved
 

@@ -6,11 +6,14 @@ from typing import Any
 
 import torch
 
+from emu2_megatron.checkpoint import files
+from emu2_megatron.checkpoint.load import check_files
 from emu2_megatron.config.schema import Config, trained_decoder
 from emu2_megatron.convert.released import source_of
 from emu2_megatron.convert.to_diffusers import from_diffusers
 from emu2_megatron.data.tokenizer import Tokenizer, tokenizer_for
 from emu2_megatron.model.eva_vit import EvaVisionTransformer
+from emu2_megatron.model.parameters import Source
 from emu2_megatron.model.sdxl import load_sdxl
 from emu2_megatron.model.video_decoder import load_2d
 from emu2_megatron.model.visual_decoder import build_vae
@@ -52,7 +55,7 @@ def build(config: Config, here: Topology) -> Engine:
     if config.training.objective == "language":
         return wrap.build(config, here)
     decoder = trained_decoder(config)
-    source = source_of(Path(decoder.encoder), config.model) if decoder.encoder else None
+    source = _encoder_at(Path(decoder.encoder), config) if decoder.encoder else None
     clips = config.training.objective == "video_decoder"
     begins = config.video_decoder.sd21 if clips else config.visual_decoder.sdxl
     load = load_2d if clips else partial(load_sdxl, seed=config.training.seed)
@@ -63,3 +66,11 @@ def build(config: Config, here: Topology) -> Engine:
         vae.load_state_dict(of_vae)
 
     return diffusion.build(config, here, source, fill if begins else None)
+
+
+def _encoder_at(path: Path, config: Config) -> Source:
+    """Weights that a decoder is trained on the embeddings of; of a checkpoint, whose files are what was written."""
+    if (path / files.TRAINER).is_file():
+        with files.reading(path):
+            check_files(path, files.read_trainer(path)["files"])
+    return source_of(path, config.model)

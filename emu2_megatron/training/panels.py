@@ -28,6 +28,10 @@ SHOWN = {"visual_decoder": (8, 32), "video_decoder": (2, 2)}
 """Pictures or clips of a panel, and of the one at the end of a run."""
 FILM_RATE = 4
 """Frames a second of `clip.mp4`: those of a clip are seconds apart."""
+PIXELS = 2 * 1024**2
+"""Painted at once."""
+MOST_READ = 1000
+"""Samples that are looked at for a panel."""
 COLUMNS = 16
 """Of a contact sheet."""
 ROWS = ("original", "painted from its embeddings", "from the embeddings of the one before")
@@ -35,33 +39,37 @@ ROWS = ("original", "painted from its embeddings", "from the embeddings of the o
 
 def show(
     config: Config, engine: Engine, sources: list[ShardIndex], writers: Writers | None, step: int, last: bool
-) -> dict[str, float]:
+) -> None:
     """Paint the first pictures or clips of the data into TensorBoard and, at the end of a run, more of them into
-    `pictures.png` beside the log; of clips, the first into `clip.mp4`, original and painted side by side. Called by all
-    ranks together.
-
-    Returns:
-        On rank 0, what `panel_of` measured.
+    `pictures.png` beside the log; of clips, the first into `clip.mp4`, original and painted side by side. What is
+    measured goes into the log. Called by all ranks together; a file that cannot be written is said, and does no harm.
     """
     count = SHOWN[config.training.objective][last]
     panel, scores = panel_of(config, engine, first_crops(config, sources, count) if writers else [])
     if writers is None or not scores:
-        return {}
-    for shown, name in zip(panel, ("original", "painted", "shuffled"), strict=True):
-        writers.pictures(step, shown.reshape(-1, *shown.shape[2:]), name)
+        return
+    try:
+        writers.measured(step, scores)
+        for shown, name in zip(panel, ("original", "painted", "shuffled"), strict=True):
+            writers.pictures(step, shown.reshape(-1, *shown.shape[2:]), name)
+        if last:
+            _write_files(config, panel, writers)
+    except OSError as error:
+        writers.say(f"step {step}: what was painted cannot be written: {error}")
     writers.say(
         f"step {step}: painted pictures are {scores['painted_psnr']:.1f} dB from their originals, "
         f"{scores['shuffled_psnr']:.1f} dB if painted from the embeddings of others"
     )
-    if last:
-        folder = Path(config.logging.directory)
-        contact_sheet(panel.reshape(3, -1, *panel.shape[3:]), folder / "pictures.png")
-        writers.say(f"pictures: {folder / 'pictures.png'}")
-        if config.training.objective == "video_decoder":
-            original_THW3, painted_THW3, _ = torch.from_numpy(panel[:, 0])
-            film.write(folder / "clip.mp4", torch.cat([original_THW3, painted_THW3], dim=2), FILM_RATE)
-            writers.say(f"original and painted clip: {folder / 'clip.mp4'}")
-    return scores
+
+
+def _write_files(config: Config, panel: np.ndarray, writers: Writers) -> None:
+    folder = Path(config.logging.directory)
+    contact_sheet(panel.reshape(3, -1, *panel.shape[3:]), folder / "pictures.png")
+    writers.say(f"pictures: {folder / 'pictures.png'}")
+    if config.training.objective == "video_decoder":
+        original_THW3, painted_THW3, _ = torch.from_numpy(panel[:, 0])
+        film.write(folder / "clip.mp4", torch.cat([original_THW3, painted_THW3], dim=2), FILM_RATE)
+        writers.say(f"original and painted clip: {folder / 'clip.mp4'}")
 
 
 def panel_of(config: Config, engine: Engine, crops: list[Crop]) -> tuple[np.ndarray, dict[str, float]]:
@@ -93,12 +101,19 @@ def panel_of(config: Config, engine: Engine, crops: list[Crop]) -> tuple[np.ndar
 
 
 def _painted(step: DiffusionStep, unet: Any, embeddings_NTQE: Tensor) -> Tensor:
-    """uint8 [N, T, H, W, 3] by the step's networks; the noise is the same in every call."""
-    seeds = list(range(len(embeddings_NTQE)))
-    if step.config.training.objective == "visual_decoder":
-        return paint(unet, step.vae, embeddings_NTQE[:, 0], step.null_QE, seeds)[:, None]
-    size = (step.decoder.image_size,) * 2
-    return film.render(step.network.module, step.vae, step.scheduler, embeddings_NTQE, step.null_QE, seeds, size)
+    """uint8 [N, T, H, W, 3] by the step's networks; the noise is the same in every call. A few at a time: decoding a
+    picture of 1024 x 1024 takes 3 GiB."""
+    clips = step.config.training.objective == "video_decoder"
+    size, at_once = (step.decoder.image_size,) * 2, 1 if clips else max(1, PIXELS // step.decoder.image_size**2)
+    painted = []
+    for start in range(0, len(embeddings_NTQE), at_once):
+        rows = embeddings_NTQE[start : start + at_once]
+        seeds = list(range(start, start + len(rows)))
+        if clips:
+            painted.append(film.render(step.network.module, step.vae, step.scheduler, rows, step.null_QE, seeds, size))
+        else:
+            painted.append(paint(unet, step.vae, rows[:, 0], step.null_QE, seeds)[:, None])
+    return torch.cat(painted)
 
 
 def steadiness(step: DiffusionStep, clips_NTHW3: Tensor, name: str) -> dict[str, float]:
@@ -123,7 +138,7 @@ def psnr(painted_NHW3: Tensor, original_NHW3: Tensor) -> Tensor:
 def first_crops(config: Config, sources: list[ShardIndex], count: int) -> list[Crop]:
     """The first usable pictures or clips of the data, cut as in epoch 0: the same in every run."""
     found: list[Crop] = []
-    for number in range(len(sources[0])):
+    for number in range(min(MOST_READ, len(sources[0]))):
         if len(found) == count:
             break
         try:

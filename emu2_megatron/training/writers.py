@@ -67,6 +67,13 @@ class Writers:
         else:
             print(_line(record), flush=True)
 
+    def measured(self, step: int, scores: dict[str, float]) -> None:
+        """Log what was measured after a step, beside its record."""
+        self.jsonl.write(json.dumps({"step": step, **scores}) + "\n")
+        if self.tensorboard is not None:
+            for name, value in scores.items():
+                self.tensorboard.add_scalar(_tag(name), value, step)
+
     def pictures(self, step: int, pictures_NHW3: np.ndarray, name: str) -> None:
         """Log a row of pictures, uint8."""
         if self.tensorboard is not None:

@@ -135,7 +135,7 @@ def test_a_decoder_of_a_run(exported: Path, tmp_path: Path, capsys: pytest.Captu
 
     capsys.readouterr()
     assert convert(replace(run, training=TrainingConfig()), "other") == 1
-    assert "is of a run that trained the language model" in capsys.readouterr().err
+    assert "is of a run with training.objective language, not visual_decoder" in capsys.readouterr().err
     wider = replace(weights.TINY, encoder=replace(weights.TINY.encoder, hidden_size=112))
     assert convert(replace(run, model=wider), "other") == 1
     assert f"{checkpoint} reads embeddings of width 112, the model's have 56" in capsys.readouterr().err

@@ -73,16 +73,19 @@ def test_a_run_paints_and_goes_on(tmp_path: Path) -> None:
     sheet = Image.open(tmp_path / "run/pictures.png")
     assert sheet.width == 3 * 68 + 4 and sheet.height == 3 * 82 + 4
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in log] == [1, 2, 3, 4] and "text_loss" not in log[0]
-    assert ["painted_psnr" in record for record in log] == [False, True, False, True]
-    assert all(0.5 < record["image_loss"] < 2 and record["mfu"] > 0 for record in log)
-    assert (tmp_path / "run/quarantine").is_dir() or log[-1]["skipped_samples"] == 0
+    assert [record["step"] for record in log] == [1, 2, 2, 3, 4, 4] and "text_loss" not in log[0]
+    assert ["painted_psnr" in record for record in log] == [False, False, True, False, False, True]
+    assert all(0.5 < log[i]["image_loss"] < 2 and log[i]["mfu"] > 0 for i in (0, 1, 3, 4))
+    assert (tmp_path / "run/quarantine").is_dir() or log[-2]["skipped_samples"] == 0
 
     resumed = train("visual_decoder_tiny", *common, "--resume", str(tmp_path / "run/checkpoints/step_00000002"))
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     again = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     for name in ("image_loss", "grad_norm", "painted_psnr", "shuffled_psnr"):
         assert [record.get(name) for record in again] == [record.get(name) for record in log], name
+
+    other = train("visual_decoder_tiny", *common, "--resume", "auto", "training.steps=5", "model.encoder.num_layers=1")
+    assert other.returncode != 0 and "was trained on the embeddings of encoder" in other.stderr
 
 
 @pytest.mark.slow
@@ -102,9 +105,9 @@ def test_a_run_on_clips_writes_a_film(tmp_path: Path) -> None:
     assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
     assert done.stdout.count("painted pictures are") == 1 and "original and painted clip" in done.stdout
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert [record["step"] for record in log] == [1, 2, 3] and "lr_video_decoder" in log[0]
+    assert [record["step"] for record in log] == [1, 2, 3, 3] and "lr_video_decoder" in log[0]
     measured = [f"{name}_neighbour_{how}" for name in ("original", "painted") for how in ("psnr", "cosine")]
-    assert {"painted_psnr", "shuffled_psnr", *measured} <= log[2].keys() and not set(measured) & log[1].keys()
+    assert {"painted_psnr", "shuffled_psnr", *measured} <= log[3].keys() and not set(measured) & log[2].keys()
     sheet = Image.open(tmp_path / "run/pictures.png")
     assert sheet.width == 2 * 3 * 36 + 4 and sheet.height == 3 * 50 + 4
     with av.open(str(tmp_path / "run/clip.mp4")) as film:
