@@ -1,6 +1,7 @@
 """Emu2-Gen's folder: in plain diffusers, in a process that has nothing of this package, and read back."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -109,7 +110,8 @@ def test_plain_diffusers(folder: Path, networks: Any, tmp_path: Path) -> None:
     """A picture painted again, and one generated, are what `paint` makes of the same embeddings and seed."""
     shutil.copytree(folder, tmp_path / "away")  # nothing above it in the tree is ours
     command = [sys.executable, "-I", "-c", PROGRAM, "away", str(PICTURE), "outputs"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "outputs")
 

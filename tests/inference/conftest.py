@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import weights
 from safetensors.torch import save_file
 
@@ -69,3 +70,12 @@ def serve_app(worker: ThreadPoolExecutor) -> Callable[..., AbstractContextManage
         return serving(serve.app(answer, tokenizer, model, worker, "tiny", **other))
 
     return of
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Small operations gain nothing from two threads, and wait for each other on a machine that does other things."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
