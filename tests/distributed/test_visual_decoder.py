@@ -153,17 +153,20 @@ def test_ranks_agree_with_plain_autograd(objective: str, there: list[bool]) -> N
 
 
 def trained(_rank: int, config: Config, directory: str, resume: str, steps: int) -> dict[str, Any]:
-    """Train until `steps` updates are done, from nothing or from a checkpoint, and save."""
+    """Train until `steps` updates are done, from nothing or from a checkpoint, and save then and after the second."""
     here, engine = engine_of(config)
     done = int(load(resume, engine)["step"]) if resume else 0
-    losses = []
+    saver = Saver(config.checkpoint, Path(directory), engine, print)
+    losses, states = [], []
     for step in range(done, steps):
         batch = rows(config, ALL, step)
         report = train_step(engine, config, engine.step.prepare([batch[i] for i in here.slots(8)]), step)
         losses.append(report.image_loss)
         assert report.grad_norm is not None
-    saver = Saver(config.checkpoint, Path(directory), engine, print)
-    saver.save(steps, {"data": {}})
+        if step + 1 in (2, steps):
+            saver.save(step + 1, {"data": {}})
+            states.append({f"{name}{offset}": box.clone() for name, pieces in stored(engine).items()
+                           for offset, box in pieces.boxes.items() if not name.startswith("rng.")})  # fmt: skip
     saver.finish()
     if here.rank == 0:
         networks = from_checkpoint(Path(directory) / f"step_{steps:08d}", trained_decoder(config), 28)
@@ -173,24 +176,23 @@ def trained(_rank: int, config: Config, directory: str, resume: str, steps: int)
         assert all(networks[0][name].equal(tensor) for name, tensor in averaged.items())
         assert not all(averaged[name].equal(p) for name, p in engine.whole["unet"].named_parameters())
         assert all(networks[1][name].equal(tensor) for name, tensor in engine.step.vae.state_dict().items())
-    state = {f"{name}{offset}": box.clone() for name, pieces in stored(engine).items()
-             for offset, box in pieces.boxes.items() if not name.startswith("rng.")}  # fmt: skip
-    return {"losses": losses, "state": state}
+    return {"losses": losses, "states": states}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("objective", "ranks"), [("visual_decoder", 1), ("visual_decoder", 2), ("video_decoder", 2)])
+@pytest.mark.parametrize(("objective", "ranks"), [("visual_decoder", 1), ("visual_decoder", 2), ("video_decoder", 1)])
 def test_a_stopped_run_goes_on_to_the_bit(tmp_path: Path, objective: str, ranks: int) -> None:
     run = config(objective, ema_decay=0.9, precision="bf16")
+    half = str(tmp_path / "straight/step_00000002")
     straight = harness.run(ranks, trained, run, str(tmp_path / "straight"), "", 4)
-    first = harness.run(ranks, trained, run, str(tmp_path / "half"), "", 2)
-    second = harness.run(ranks, trained, run, str(tmp_path / "half"), str(tmp_path / "half/step_00000002"), 4)
-    for a, b, c in zip(straight, first, second, strict=True):
-        assert a["losses"] == b["losses"] + c["losses"]
-        assert a["state"].keys() == c["state"].keys() and len(a["state"]) > 100
-        assert all(torch.equal(a["state"][name], c["state"][name]) for name in a["state"])
-        assert not all(torch.equal(a["state"][name], b["state"][name]) for name in a["state"])
-    other = harness.run(3 - ranks, trained, run, str(tmp_path / "other"), str(tmp_path / "half/step_00000002"), 4)
+    again = harness.run(ranks, trained, run, str(tmp_path / "again"), half, 4)
+    for a, b in zip(straight, again, strict=True):
+        (before, wanted), (state,) = a["states"], b["states"]
+        assert a["losses"][2:] == b["losses"]
+        assert wanted.keys() == state.keys() and len(wanted) > 100
+        assert all(torch.equal(wanted[name], state[name]) for name in wanted)
+        assert not all(torch.equal(wanted[name], before[name]) for name in wanted)
+    other = harness.run(3 - ranks, trained, run, str(tmp_path / "other"), half, 4)
     # bf16 rounds the gradients of other sums to other neighbours.
     assert other[0]["losses"] == pytest.approx(straight[0]["losses"][2:], rel=5e-3)
 
@@ -243,16 +245,16 @@ def learner(_rank: int, config: Config) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_the_video_decoder_learns_films(tmp_path: Path) -> None:
-    """The repository's three films. At first v is predicted worse than by its mean, and then better."""
+    """The repository's three films; v is predicted better than at first, and better than by its mean."""
     write_shard(tmp_path / "films.tar", [
         RawSample(path.stem, {"kind": "caption", "video": f"0{path.suffix}", "text": "a film"},
                   {f"0{path.suffix}": path.read_bytes()})
         for path in clips.VIDEOS
     ])  # fmt: skip
-    run = config("video_decoder", steps=40, global_batch_size=6, micro_batch_size=6)
+    run = config("video_decoder", steps=50, global_batch_size=3, micro_batch_size=3)
     run = replace(run, data=replace(run.data, shards=(str(tmp_path / "films.tar"),), packing_buffer=1),
                   optimizer=replace(run.optimizer, video_decoder_lr=3e-3))  # fmt: skip
     (result,) = harness.run(1, learner, run)
     first, last, mean = (float(np.mean(part)) for part in (
         result["losses"][:5], result["losses"][-10:], result["mean_losses"][-10:]))  # fmt: skip
-    assert result["clips"] == 6 and last < 0.75 * mean and mean < first
+    assert result["clips"] == 3 and last < 0.75 * min(first, mean)
