@@ -29,6 +29,8 @@ _EXTRAS = {
     "transformer_engine": ("te", "fused layers and FP8"),
     "nvidia.dali": ("dali", "faster decoding of pictures and clips"),
     "pyarrow": ("parquet", "shards made of Parquet files"),
+    "diffusers": ("diffusion", "the decoders of pictures and clips"),
+    "fastapi": ("serve", "emu2 serve"),
     "wandb": ("wandb", "logs in Weights & Biases"),
     "pytest": ("dev", "tests"),
 }

@@ -380,6 +380,7 @@ def test_the_command_ends_by_a_signal(
     number: int, exported: Path, capsys: pytest.CaptureFixture[str], loaded_nowhere: None
 ) -> None:
     port, records = _free_port(), [{"content": "a", "max_new_tokens": 3}]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # torch's launcher, in another test, leaves its own
     thread = _ask_and_end(port, number, records)
     before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)]
     assert cli.main(["serve", "--model", str(exported / "hf"), "--port", str(port)]) == 0
