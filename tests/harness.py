@@ -1,5 +1,6 @@
 """Runs a function on N gloo processes of this machine, and builds small batches for them."""
 
+import hashlib
 import multiprocessing
 import os
 import tempfile
@@ -84,6 +85,11 @@ def sequence(generator: np.random.Generator, pictures: int, text: bool = True) -
         roles[start + 1 : start + 1 + QUERIES] = VISUAL | (0 if i == 1 else VISUAL_TARGET)
     pixels = list(torch.from_numpy(generator.integers(0, 256, (pictures, 3, 56, 56), dtype=np.uint8)))
     return PackedSequence(tokens, roles, pixels, [QUERIES] * pictures)
+
+
+def sample_seed(*numbers: int) -> int:
+    """A seed of 32 bits out of what names a sample."""
+    return int.from_bytes(hashlib.sha256(str(numbers).encode()).digest()[:4], "little")
 
 
 def batch(pictures: list[int], seed: int, text: bool = True) -> list[PackedSequence]:

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from emu2_megatron.model.paint import sample
 from emu2_megatron.model.video_decoder import VideoDecoder
 from emu2_megatron.model.visual_decoder import decode_latents
 
@@ -86,24 +87,17 @@ def denoise(
         raise ValueError(f"{len(seeds)} seeds for {B} films: give one for each")
     euler = EulerDiscreteScheduler.from_config(scheduler.config, timestep_spacing="leading", steps_offset=1)
     weights = next(decoder.parameters())
-    euler.set_timesteps(steps, device=weights.device)
     shape = (T, decoder.unet.config.in_channels, *latent_size)
-    noise = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    latents_BTCHW: Tensor = torch.stack(noise).to(weights.device) * euler.init_noise_sigma
-    guided = guidance > 1
-    if guided:
+    noise_BTCHW = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    if guidance > 1:
         embeddings_BTQE = torch.cat([embeddings_BTQE, null_QE.expand_as(embeddings_BTQE)])
-    embeddings_BTQE = embeddings_BTQE.to(weights)
-    for t in euler.timesteps:
-        scaled_BTCHW = euler.scale_model_input(latents_BTCHW, t).to(weights.dtype)
-        predicted = decoder(
-            torch.cat([scaled_BTCHW] * 2) if guided else scaled_BTCHW, t.expand(len(embeddings_BTQE)), embeddings_BTQE
-        ).float()
-        if guided:
-            conditional, unconditional = predicted.chunk(2)
-            predicted = unconditional + guidance * (conditional - unconditional)
-        latents_BTCHW = euler.step(predicted, t, latents_BTCHW, return_dict=False)[0]
-    return latents_BTCHW
+    given_BTQE = embeddings_BTQE.to(weights)
+
+    def predict(noisy_BTCHW: Tensor, t: Tensor) -> Tensor:
+        predicted_BTCHW: Tensor = decoder(noisy_BTCHW, t.expand(len(given_BTQE)), given_BTQE)
+        return predicted_BTCHW
+
+    return sample(euler, noise_BTCHW.to(weights.device), weights.dtype, steps, guidance, predict)
 
 
 def write(path: Path, frames_THW3: Tensor, rate: int) -> None:

@@ -4,7 +4,7 @@ guidance (arXiv 2207.12598).
 Shapes as in `model/visual_decoder`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from emu2_megatron.model.visual_decoder import condition, decode_latents, sampling_scheduler
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 
 
 @torch.no_grad()
@@ -87,21 +87,43 @@ def denoise(
         hidden_BQE, added: of `condition`. With guidance, of B pictures and then of B null conditions.
         steps, guidance: as in `paint`.
     """
+
+    def predict(noisy_BCHW: Tensor, t: Tensor) -> Tensor:
+        epsilon: Tensor = unet(
+            noisy_BCHW, t, encoder_hidden_states=hidden_BQE, added_cond_kwargs=added, return_dict=False
+        )[0]
+        return epsilon
+
+    return sample(sampling_scheduler(), noise_BCHW, unet.dtype, steps, guidance, predict)
+
+
+@torch.no_grad()
+def sample(
+    scheduler: "EulerDiscreteScheduler",
+    noise: Tensor,
+    dtype: torch.dtype,
+    steps: int,
+    guidance: float,
+    predict: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Euler's method with classifier-free guidance, for pictures and clips: latents, fp32, in the shape of the noise.
+
+    Args:
+        scheduler: not started yet.
+        noise: standard normal, fp32 [B, ...].
+        dtype: what `predict` is given.
+        steps, guidance: as in `paint`.
+        predict: (noisy latents, timestep) to what the network predicts; with guidance, of B samples and then of B
+            null conditions.
+    """
     guided = guidance > 1
-    scheduler = sampling_scheduler()
-    scheduler.set_timesteps(steps, device=noise_BCHW.device)
-    latents_BCHW: Tensor = noise_BCHW * scheduler.init_noise_sigma
+    scheduler.set_timesteps(steps, device=noise.device)
+    latents: Tensor = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
-        scaled_BCHW = scheduler.scale_model_input(latents_BCHW, t).to(unet.dtype)
-        epsilon = unet(
-            torch.cat([scaled_BCHW] * 2) if guided else scaled_BCHW,
-            t,
-            encoder_hidden_states=hidden_BQE,
-            added_cond_kwargs=added,
-            return_dict=False,
-        )[0].float()
+        scaled = scheduler.scale_model_input(latents, t).to(dtype)
+        predicted = predict(torch.cat([scaled] * 2) if guided else scaled, t).float()
         if guided:
-            conditional, unconditional = epsilon.chunk(2)
-            epsilon = unconditional + guidance * (conditional - unconditional)
-        latents_BCHW = scheduler.step(epsilon, t, latents_BCHW, return_dict=False)[0]
-    return latents_BCHW
+            conditional, unconditional = predicted.chunk(2)
+            predicted = unconditional + guidance * (conditional - unconditional)
+        latents = scheduler.step(predicted, t, latents, return_dict=False)[0]
+    return latents

@@ -8,14 +8,12 @@ Shapes: B clips, T frames, C latent channels, H and W of latents; Q embeddings o
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from emu2_megatron.config.schema import VideoDecoderConfig
 from emu2_megatron.errors import ConfigError
 from emu2_megatron.model.video_decoder import VideoDecoder
-from emu2_megatron.model.visual_decoder import Draws
+from emu2_megatron.model.visual_decoder import Draws, squared_error
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
@@ -46,14 +44,6 @@ def training_scheduler(config: VideoDecoderConfig) -> "DDPMScheduler":
     )
 
 
-def target(scheduler: "DDPMScheduler", latents: Tensor, draws: Draws) -> Tensor:
-    """What is to be predicted: the noise, or v, of the latents' shape, fp32."""
-    if scheduler.config.prediction_type == "epsilon":
-        return draws.noise
-    v: Tensor = scheduler.get_velocity(latents, draws.noise, draws.timesteps_B)
-    return v
-
-
 def denoising_loss(
     decoder: VideoDecoder,
     scheduler: "DDPMScheduler",
@@ -62,12 +52,10 @@ def denoising_loss(
     null_QE: Tensor,
     draws: Draws,
 ) -> tuple[Tensor, int]:
-    """Squared errors of what is predicted, summed, and how many they are.
-
-    Divided by the count over all ranks, the sum is the mean squared error; so gradients over ranks are sums too.
+    """`visual_decoder.squared_error` of clips.
 
     Args:
-        decoder: of `video_decoder.build`, or a wrapper around it. Inputs are cast to the dtype of its weights.
+        decoder: of `video_decoder.build`, or a wrapper around it.
         scheduler: of `training_scheduler`.
         latents_BTCHW: clean, of `visual_decoder.encode_latents`, fp32.
         embeddings_BTQE: of the same frames, from the frozen encoder.
@@ -77,10 +65,9 @@ def denoising_loss(
     Returns:
         The sum, fp32, a scalar with a gradient; the count, B x T x C x H x W.
     """
-    dtype = next(decoder.parameters()).dtype
-    # The scheduler would compute in the dtype of the latents: fp32, as 1000 levels of noise need.
-    noisy_BTCHW = scheduler.add_noise(latents_BTCHW, draws.noise, draws.timesteps_B)
-    target_BTCHW = target(scheduler, latents_BTCHW, draws)
-    embeddings_BTQE = torch.where(draws.dropped_B[:, None, None, None], null_QE, embeddings_BTQE).to(dtype)
-    predicted_BTCHW = decoder(noisy_BTCHW.to(dtype), draws.timesteps_B, embeddings_BTQE)
-    return F.mse_loss(predicted_BTCHW.float(), target_BTCHW, reduction="sum"), target_BTCHW.numel()
+
+    def predict(noisy_BTCHW: Tensor, embeddings_BTQE: Tensor) -> Tensor:
+        predicted_BTCHW: Tensor = decoder(noisy_BTCHW, draws.timesteps_B, embeddings_BTQE)
+        return predicted_BTCHW
+
+    return squared_error(decoder, scheduler, latents_BTCHW, embeddings_BTQE, null_QE, draws, predict)

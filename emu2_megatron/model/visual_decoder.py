@@ -11,8 +11,7 @@ losses are sums with their counts.
 Shapes: B pictures, C latent channels, H and W of latents (of pixels where said), Q embeddings of a picture, E width.
 """
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -266,14 +265,6 @@ class Draws:
         return Draws(*(value.to(device) for value in vars(self).values()))
 
 
-def sample_seed(*numbers: int) -> int:
-    """A seed for `draw` out of what names a sample: the run's seed, the step, its place in the global batch.
-
-    32 bits, which is all that torch's generator on a CPU looks at.
-    """
-    return int.from_bytes(hashlib.sha256(str(numbers).encode()).digest()[:4], "little")
-
-
 def draw(config: DiffusionConfig, seeds: Sequence[int], *size: int) -> Draws:
     """Draw for each sample from its own seed, on the CPU: the same numbers on any device, rank and batch size.
 
@@ -283,7 +274,7 @@ def draw(config: DiffusionConfig, seeds: Sequence[int], *size: int) -> Draws:
 
     Args:
         config: how often to drop, how much offset, and the latent channels.
-        seeds: one for each sample, of `sample_seed`.
+        seeds: one for each sample (`Crop.seed`), of 32 bits: torch's generator on a CPU looks at no more.
         size: height and width of the latents; of clips, the number of frames before them.
     """
     steps, shape = _NOISE["num_train_timesteps"], (*size[:-2], config.latent_channels, *size[-2:])
@@ -330,6 +321,45 @@ def _upcast(vae: "AutoencoderKL") -> None:
         vae.to(torch.float32)
 
 
+def target(scheduler: "DDPMScheduler", latents: Tensor, draws: Draws) -> Tensor:
+    """What is to be predicted: the noise, or v, of the latents' shape, fp32."""
+    if scheduler.config.prediction_type == "epsilon":
+        return draws.noise
+    v: Tensor = scheduler.get_velocity(latents, draws.noise, draws.timesteps_B)
+    return v
+
+
+def squared_error(
+    network: nn.Module,
+    scheduler: "DDPMScheduler",
+    latents: Tensor,
+    embeddings: Tensor,
+    null_QE: Tensor,
+    draws: Draws,
+    predict: Callable[[Tensor, Tensor], Tensor],
+) -> tuple[Tensor, int]:
+    """Squared errors of what is predicted of noisy latents, of pictures or clips, summed, and how many they are.
+
+    Divided by the count over all ranks, the sum is the mean squared error; so gradients over ranks are sums too.
+
+    Args:
+        network: inputs are cast to the dtype of its weights.
+        scheduler: by which noise is added.
+        latents: clean, fp32 [B, ..., C, H, W].
+        embeddings: [B, ..., Q, E] of the same samples.
+        null_QE: stands for embeddings that are dropped.
+        draws: of `draw`, on the same device.
+        predict: (noisy latents, embeddings) to what the network makes of them.
+    """
+    dtype = next(network.parameters()).dtype
+    # The scheduler would compute in the dtype of the latents: fp32, as 1000 levels of noise need.
+    noisy = scheduler.add_noise(latents, draws.noise, draws.timesteps_B)
+    dropped = draws.dropped_B.view(-1, *[1] * (embeddings.ndim - 1))
+    predicted = predict(noisy.to(dtype), torch.where(dropped, null_QE, embeddings).to(dtype))
+    wanted = target(scheduler, latents, draws)
+    return F.mse_loss(predicted.float(), wanted, reduction="sum"), wanted.numel()
+
+
 def denoising_loss(
     unet: nn.Module,
     scheduler: "DDPMScheduler",
@@ -339,12 +369,10 @@ def denoising_loss(
     sizes: Sizes,
     draws: Draws,
 ) -> tuple[Tensor, int]:
-    """Squared errors of the predicted noise, summed, and how many they are.
-
-    Divided by the count over all ranks, the sum is the mean squared error; so gradients over ranks are sums too.
+    """`squared_error` of the predicted noise.
 
     Args:
-        unet: of `build_unet`, or a wrapper around it. Inputs are cast to the dtype of its weights.
+        unet: of `build_unet`, or a wrapper around it.
         scheduler: of `training_scheduler`.
         latents_BCHW: of `encode_latents`, fp32.
         embeddings_BQE: of the same pictures, from the frozen encoder.
@@ -355,16 +383,16 @@ def denoising_loss(
     Returns:
         The sum, fp32, a scalar with a gradient; the count, B x C x H x W.
     """
-    dtype = next(unet.parameters()).dtype
-    # The scheduler would compute in the dtype of the latents: fp32, as 1000 levels of noise need.
-    noisy_BCHW = scheduler.add_noise(latents_BCHW, draws.noise, draws.timesteps_B)
-    embeddings_BQE = torch.where(draws.dropped_B[:, None, None], null_QE, embeddings_BQE).to(dtype)
-    hidden_BQE, added = condition(embeddings_BQE, *sizes)
-    predicted_BCHW = unet(
-        noisy_BCHW.to(dtype),
-        draws.timesteps_B,
-        encoder_hidden_states=hidden_BQE,
-        added_cond_kwargs=added,
-        return_dict=False,
-    )[0]
-    return F.mse_loss(predicted_BCHW.float(), draws.noise, reduction="sum"), draws.noise.numel()
+
+    def predict(noisy_BCHW: Tensor, embeddings_BQE: Tensor) -> Tensor:
+        hidden_BQE, added = condition(embeddings_BQE, *sizes)
+        predicted_BCHW: Tensor = unet(
+            noisy_BCHW,
+            draws.timesteps_B,
+            encoder_hidden_states=hidden_BQE,
+            added_cond_kwargs=added,
+            return_dict=False,
+        )[0]
+        return predicted_BCHW
+
+    return squared_error(unet, scheduler, latents_BCHW, embeddings_BQE, null_QE, draws, predict)

@@ -229,7 +229,7 @@ class DiffusionStep:
                 continue
             embeddings, latents, draws = self._encode(crops)
             finite.append(embeddings.isfinite().flatten(1).all(1).cpu())
-            moments += _moments(video_loss.target(self.scheduler, latents, draws))
+            moments += _moments(visual_decoder.target(self.scheduler, latents, draws))
             clock.own()
             clock.add("encode")
             self.entered("decode")

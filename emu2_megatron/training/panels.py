@@ -49,7 +49,7 @@ def show(
     if writers is None or not scores:
         return
     try:
-        writers.measured(step, scores)
+        writers.log({"step": step, **scores})
         for shown, name in zip(panel, ("original", "painted", "shuffled"), strict=True):
             writers.pictures(step, shown.reshape(-1, *shown.shape[2:]), name)
         if last:

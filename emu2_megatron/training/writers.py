@@ -51,13 +51,9 @@ class Writers:
         self.progress.update(self.task, completed=step)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Log one record."""
+        """Log one record, and show it."""
         self.records.append(record)
-        self.jsonl.write(json.dumps(record) + "\n")
-        if self.tensorboard is not None:
-            for name, value in record.items():
-                if name != "step" and value is not None:
-                    self.tensorboard.add_scalar(_tag(name), value, record["step"])
+        self.log(record)
         if self.console.is_terminal:
             # Above the bar; where a terminal is too narrow for one line, the phases go into a second one.
             line = _line(record)
@@ -67,12 +63,13 @@ class Writers:
         else:
             print(_line(record), flush=True)
 
-    def measured(self, step: int, scores: dict[str, float]) -> None:
-        """Log what was measured after a step, beside its record."""
-        self.jsonl.write(json.dumps({"step": step, **scores}) + "\n")
+    def log(self, values: dict[str, Any]) -> None:
+        """Log what is known of `step`, one of the values."""
+        self.jsonl.write(json.dumps(values) + "\n")
         if self.tensorboard is not None:
-            for name, value in scores.items():
-                self.tensorboard.add_scalar(_tag(name), value, step)
+            for name, value in values.items():
+                if name != "step" and value is not None:
+                    self.tensorboard.add_scalar(_tag(name), value, values["step"])
 
     def pictures(self, step: int, pictures_NHW3: np.ndarray, name: str) -> None:
         """Log a row of pictures, uint8."""

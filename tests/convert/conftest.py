@@ -1,12 +1,12 @@
 """A small model in the engine's form and as an export."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import weights
+from one_thread import one_thread  # noqa: F401  (a fixture)
 from safetensors.torch import save_file
 
 from emu2_megatron.convert import from_hf
@@ -26,12 +26,3 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     to_hf(root / "checkpoint", root / "hf", model, weights.TOKENIZER, None, 500_000)
     assert torch.get_default_dtype() is torch.float32
     return root
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small operations gain nothing from two threads, and wait for each other on a machine that does other things."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

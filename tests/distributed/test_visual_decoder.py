@@ -236,7 +236,7 @@ def learner(_rank: int, config: Config) -> dict[str, Any]:
     losses, mean_losses = [], []
     for step in range(config.training.steps):
         for slot, row in enumerate(batch):
-            row.crops = [replace(crop, seed=visual_decoder.sample_seed(step, slot)) for crop in row.crops]
+            row.crops = [replace(crop, seed=harness.sample_seed(step, slot)) for crop in row.crops]
         report = train_step(engine, config, engine.step.prepare(batch), step)
         losses.append(report.image_loss)
         mean_losses.append(mean_predictor_loss(report.output.moments))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import weights
+from one_thread import one_thread  # noqa: F401  (a fixture)
 from safetensors.torch import save_file
 
 from emu2_megatron.config.schema import ModelConfig
@@ -70,12 +70,3 @@ def serve_app(worker: ThreadPoolExecutor) -> Callable[..., AbstractContextManage
         return serving(serve.app(answer, tokenizer, model, worker, "tiny", **other))
 
     return of
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small operations gain nothing from two threads, and wait for each other on a machine that does other things."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import harness
 import pytest
-import torch
+from one_thread import one_thread  # noqa: F401  (a fixture)
 
 from emu2_megatron.parallel import topology
 
@@ -15,12 +15,3 @@ def world_of_one() -> Iterator[topology.Topology]:
     topology.start("gloo")
     yield topology.initialize(harness.config())
     topology.stop()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Small operations gain nothing from two threads, and wait for each other on a machine that does other things."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

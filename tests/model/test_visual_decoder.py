@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import harness
 import numpy as np
 import pytest
 import sdxl
@@ -129,7 +130,7 @@ def batch(count: int) -> dict[str, Any]:
 def test_the_loss_is_its_formula(unet: Any) -> None:
     """Noise levels, offset, drop, conditions and sum, written out in float64."""
     given = batch(4)
-    draws = vd.draw(TINY, [vd.sample_seed(0, i) for i in range(4)], SIDE, SIDE)
+    draws = vd.draw(TINY, [harness.sample_seed(0, i) for i in range(4)], SIDE, SIDE)
     draws = replace(draws, dropped_B=torch.tensor([False, True, False, True]))
     loss, count = vd.denoising_loss(unet, vd.training_scheduler(), **given, draws=draws)
 
@@ -153,7 +154,7 @@ def test_the_loss_is_its_formula(unet: Any) -> None:
 
 def test_losses_and_gradients_over_ranks_are_sums(unet: Any) -> None:
     """A batch at once, or one half on each of two ranks."""
-    given, seeds = batch(4), [vd.sample_seed(1, i) for i in range(4)]
+    given, seeds = batch(4), [harness.sample_seed(1, i) for i in range(4)]
     scheduler = vd.training_scheduler()
 
     def run(part: slice) -> float:
@@ -176,8 +177,8 @@ def test_losses_and_gradients_over_ranks_are_sums(unet: Any) -> None:
 
 
 def test_what_is_drawn_depends_on_the_sample_alone() -> None:
-    seeds = [vd.sample_seed(7, step, place) for step in (1, 2) for place in (0, 1)]
-    assert len({*seeds, vd.sample_seed(8, 1, 0)}) == 5
+    seeds = [harness.sample_seed(7, step, place) for step in (1, 2) for place in (0, 1)]
+    assert len({*seeds, harness.sample_seed(8, 1, 0)}) == 5
     together = vd.draw(TINY, seeds, 2, 3)
     assert together.noise.shape == together.posterior.shape == (4, 4, 2, 3)
     for i, seed in enumerate(seeds):
@@ -190,7 +191,7 @@ def test_statistics_of_what_is_drawn() -> None:
     """Over N samples a share p is off by sqrt(p (1 - p) / N), a variance v by v sqrt(2 / N); four of these are
     allowed. Seeds are fixed, so this passes or fails for good."""
     count = 5000
-    draws = vd.draw(TINY, [vd.sample_seed(0, i) for i in range(count)], 4, 4)
+    draws = vd.draw(TINY, [harness.sample_seed(0, i) for i in range(count)], 4, 4)
     assert float(draws.dropped_B.float().mean()) == pytest.approx(0.1, abs=4 * (0.09 / count) ** 0.5)
     times = draws.timesteps_B.float()
     assert (int(times.min()), int(times.max())) == (0, 999)
